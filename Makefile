@@ -1,0 +1,77 @@
+# make demo    runs the main job: two exporters, one image, ownership handed over
+# make test    everything a change has to pass; installs what it needs by apt
+
+GO          ?= go
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+VERSION     := $(shell git describe --always --dirty 2>/dev/null)
+BIN         := bin/nbd-export
+# The version is given by hand, so that a copy without .git builds as well.
+BUILDFLAGS  := -trimpath -buildvcs=false $(if $(VERSION),-ldflags "-X main.version=$(VERSION)")
+
+# The integration tests take the program under test from here.
+export NBD_EXPORT := $(CURDIR)/$(BIN)
+# How long each fuzz test runs, and how long a soak goes on.
+FUZZTIME ?= 5s
+SOAK     ?= 5m
+
+.PHONY: all build demo test peers lint cross unit race fuzz integration soak clean
+
+all: build
+
+# Go knows what has changed, make does not: build is always handed to it.
+build:
+	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) -o $(BIN) ./cmd/nbd-export
+
+demo: build
+	$(BIN) demo
+
+# One after the other, the quick ones first, also under make -j: the tests
+# measure times, which a neighbour on the same processor would spoil.
+test:
+	@$(MAKE) --no-print-directory peers
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory cross
+	@$(MAKE) --no-print-directory unit
+	@$(MAKE) --no-print-directory race
+	@$(MAKE) --no-print-directory fuzz
+	@$(MAKE) --no-print-directory integration
+
+# The programs we are tested against.
+peers:
+	integration/scripts/install-peers
+
+lint:
+	@files=$$(gofmt -l $$(find . -name '*.go' -not -path '*/.cache/*')); \
+	if [ -n "$$files" ]; then echo "gofmt would change:"; echo "$$files"; exit 1; fi
+	$(GO) vet ./...
+	cd integration && $(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	cd integration && $(GO) run $(STATICCHECK) ./...
+
+# It compiles for the other architecture that we say we run on.
+cross:
+	CGO_ENABLED=0 GOOS=linux GOARCH=arm64 $(GO) build -o /dev/null ./cmd/nbd-export
+	CGO_ENABLED=0 GOOS=linux GOARCH=arm64 $(GO) vet ./...
+
+unit:
+	$(GO) test ./...
+
+# The race detector is the one thing that needs a C compiler.
+race:
+	CGO_ENABLED=1 $(GO) test -race ./...
+
+fuzz:
+	GO="$(GO)" integration/scripts/fuzz $(FUZZTIME)
+
+# One package at a time, for the same reason as above.
+integration: build
+	cd integration && $(GO) test -count=1 -p 1 -timeout 20m ./...
+
+# The long versions of the tests that have one, and a long fuzz run.
+soak: peers build
+	NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -timeout 3h ./...
+	cd integration && NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -p 1 -timeout 3h ./...
+	$(MAKE) fuzz FUZZTIME=$(SOAK)
+
+clean:
+	rm -rf bin integration/.cache
