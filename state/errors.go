@@ -1,0 +1,65 @@
+package state
+
+import (
+	"errors"
+	"fmt"
+)
+
+var (
+	// ErrInactive refuses a write-class request while another process may own
+	// the image. The text is the one QEMU's NBD server sends.
+	ErrInactive = errors.New("export is inactive")
+	// ErrReadOnly refuses a write-class request on an image that is only read.
+	ErrReadOnly = errors.New("export is read-only")
+	// ErrStopping refuses every request of a process that is shutting down.
+	ErrStopping = errors.New("server is shutting down")
+	// ErrModified is for Image.Load: the image changed since this process
+	// last owned it, and the order was to activate only if it had not.
+	ErrModified = errors.New("image was modified while inactive")
+)
+
+// FailedError refuses a request on an image that has lost its footing.
+type FailedError struct {
+	State State // FailedIO or FailedFenced
+	Image string
+	Cause error
+}
+
+func (e *FailedError) Error() string {
+	return fmt.Sprintf("image %s is %s: %v; writes are refused until it is given up with inactivate --abandon, or the process ends",
+		e.Image, e.State, e.Cause)
+}
+
+func (e *FailedError) Unwrap() error { return e.Cause }
+
+// OrderError refuses an order that the state does not allow.
+type OrderError struct {
+	Image string
+	Order Event
+	State State
+	Step  Step  // of a transition under way, "" otherwise
+	Cause error // why the image failed, ErrStopping at the end, nil otherwise
+}
+
+func (e *OrderError) Error() string {
+	what := fmt.Sprintf("cannot %s image %s: ", e.Order, e.Image)
+	switch {
+	case errors.Is(e.Cause, ErrStopping):
+		return what + ErrStopping.Error()
+	case e.State == FailedIO || e.State == FailedFenced:
+		return what + fmt.Sprintf("it is %s: %v; only inactivate --abandon, or ending the process, leaves that state", e.State, e.Cause)
+	case e.State == Active:
+		return what + "it is active, not failed; hand it back with inactivate"
+	}
+	return what + fmt.Sprintf("it is %s (step %s); try again when that is done", e.State, e.Step)
+}
+
+func (e *OrderError) Unwrap() error { return e.Cause }
+
+// syncFailed reports whether err is a failed sync, which poisons an image.
+// Backends mark such errors with a SyncFailed method, since this package
+// knows none of them.
+func syncFailed(err error) bool {
+	var s interface{ SyncFailed() bool }
+	return errors.As(err, &s) && s.SyncFailed()
+}

@@ -1,0 +1,370 @@
+package state
+
+import (
+	"context"
+	"math/rand/v2"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// TestGateKeepsWritersOut: whatever is admitted, on lanes that come and go,
+// is out when drain returns, and nobody comes in until the gate opens.
+func TestGateKeepsWritersOut(t *testing.T) {
+	m := NewMachine(newFake("a", 1, nil), Options{})
+	g := m.gate
+	g.set(modeOpen, nil)
+	var inside, admitted atomic.Int64
+	var closed, over atomic.Bool
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for !over.Load() {
+				l := m.Lane(nil, nil)
+				var users sync.WaitGroup
+				for range 3 {
+					users.Go(func() {
+						for range 20 {
+							if l.Enter(Mutate) != Admitted {
+								runtime.Gosched()
+								continue
+							}
+							inside.Add(1)
+							admitted.Add(1)
+							if closed.Load() {
+								t.Error("admitted through a closed gate")
+							}
+							runtime.Gosched()
+							if closed.Load() {
+								t.Error("drained over a request's head")
+							}
+							inside.Add(-1)
+							l.Leave()
+						}
+					})
+				}
+				users.Wait()
+				l.Close()
+			}
+		})
+	}
+	for range 2000 {
+		g.set(modeHeld, nil)
+		g.drain(time.Hour, nil)
+		closed.Store(true)
+		if n := inside.Load(); n != 0 {
+			t.Fatalf("%d requests inside a drained gate", n)
+		}
+		runtime.Gosched()
+		closed.Store(false)
+		g.set(modeOpen, nil)
+		runtime.Gosched()
+	}
+	over.Store(true)
+	wg.Wait()
+	if admitted.Load() == 0 {
+		t.Error("nothing was admitted")
+	}
+}
+
+// TestSynchronizeWaitsForReaders: after synchronize nobody uses the view that
+// was replaced before it, while reads never wait.
+func TestSynchronizeWaitsForReaders(t *testing.T) {
+	m := NewMachine(newFake("a", 1, nil), Options{})
+	var current atomic.Pointer[view]
+	current.Store(new(view))
+	var over atomic.Bool
+	var reads atomic.Int64
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for !over.Load() {
+				l := m.Lane(nil, nil)
+				var users sync.WaitGroup
+				for range 3 {
+					users.Go(func() {
+						for range 20 {
+							g := l.EnterRead()
+							current.Load().use(runtime.Gosched)
+							l.LeaveRead(g)
+							reads.Add(1)
+						}
+					})
+				}
+				users.Wait()
+				l.Close()
+			}
+		})
+	}
+	for range 2000 {
+		old := current.Swap(new(view))
+		m.gate.synchronize(time.Hour, nil)
+		old.close() // panics if it is used
+		runtime.Gosched()
+	}
+	over.Store(true)
+	wg.Wait()
+	if reads.Load() == 0 {
+		t.Error("nothing was read")
+	}
+}
+
+// process is one server with two images, as another process has them too.
+type process struct {
+	t    *testing.T
+	ms   []*Machine
+	imgs []*fakeImage
+	over atomic.Bool
+
+	mu       sync.Mutex
+	acked    map[*disk]map[int]bool
+	refused  map[*disk]map[int]bool
+	outcomes map[string]int
+}
+
+func newProcess(t *testing.T, name string, disks []*disk) *process {
+	p := &process{t: t, outcomes: make(map[string]int)}
+	p.acked, p.refused = make(map[*disk]map[int]bool), make(map[*disk]map[int]bool)
+	for i, d := range disks {
+		f := newFake(name+string(rune('0'+i)), uint64(i), nil)
+		f.disk = d
+		p.acked[d], p.refused[d] = make(map[int]bool), make(map[int]bool)
+		p.imgs = append(p.imgs, f)
+		p.ms = append(p.ms, NewMachine(f, Options{Watch: 200 * time.Microsecond}))
+	}
+	return p
+}
+
+// broadcast wakes everybody who took wait before wake.
+type broadcast struct {
+	mu sync.Mutex
+	c  chan struct{}
+}
+
+func (b *broadcast) wait() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.c == nil {
+		b.c = make(chan struct{})
+	}
+	return b.c
+}
+
+func (b *broadcast) wake() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.c != nil {
+		close(b.c)
+		b.c = nil
+	}
+}
+
+var nextID atomic.Int64
+
+// connection sends requests at depth 3 until the process stops: every write
+// that is admitted is acknowledged, every one that has to wait is woken.
+func (p *process) connection(seed uint64) {
+	for n := uint64(0); !p.over.Load(); n++ {
+		i := int(seed+n) % len(p.ms)
+		m, img := p.ms[i], p.imgs[i]
+		var b broadcast
+		l := m.Lane(b.wake, func() (string, time.Time) { return "WRITE", time.Now() })
+		var users sync.WaitGroup
+		for w := range uint64(3) {
+			users.Go(func() {
+				rnd := rand.New(rand.NewPCG(seed+n, w))
+				for range 30 {
+					if rnd.IntN(3) == 0 {
+						g := l.EnterRead()
+						if !l.Stopping() {
+							img.read()
+						}
+						l.LeaveRead(g)
+						continue
+					}
+					c := Class(rnd.IntN(int(numClasses)))
+					id := int(nextID.Add(1))
+					for {
+						woken := b.wait()
+						v := l.Enter(c)
+						if v == Wait {
+							<-woken
+							continue
+						}
+						if v == Admitted {
+							img.request(c, id)
+							if c == Flush && rnd.IntN(100) == 0 {
+								l.Fault(errSync)
+							}
+							l.Leave()
+						} else if v == Refused && l.Refusal() == nil {
+							p.t.Error("refused without an error")
+						}
+						if c == Mutate {
+							p.mu.Lock()
+							if v == Admitted {
+								p.acked[img.disk][id] = true
+							} else {
+								p.refused[img.disk][id] = true
+							}
+							p.mu.Unlock()
+						}
+						break
+					}
+				}
+			})
+		}
+		users.Wait()
+		l.Close()
+	}
+}
+
+// orders gives n orders at random, with failures at random.
+func (p *process) orders(n int, seed uint64) {
+	rnd := rand.New(rand.NewPCG(seed, 7))
+	methods := []string{"Settle", "Unsettle", "Acquire", "Load", "Release", "SyncAhead", "Abandon", "Check"}
+	errs := []error{errIO, errIO, errSync, errFence}
+	ctx := context.Background()
+	count := func(what string, err error) {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if err != nil {
+			what += "!"
+		}
+		p.outcomes[what]++
+	}
+	for range n {
+		ms := []*Machine{p.ms[0], p.ms[1], p.ms[0]}
+		rnd.Shuffle(len(ms), func(i, j int) { ms[i], ms[j] = ms[j], ms[i] })
+		ms = ms[:1+rnd.IntN(len(ms))]
+		if rnd.IntN(6) == 0 {
+			p.imgs[rnd.IntN(2)].failNext(methods[rnd.IntN(len(methods))], errs[rnd.IntN(len(errs))])
+		}
+		switch rnd.IntN(12) {
+		case 0, 1, 2, 3:
+			count("activate", Activate(ctx, ActivateOptions{}, ms...))
+		case 4, 5, 6:
+			count("inactivate", Inactivate(ctx, ms...))
+		case 7:
+			c, cancel := context.WithCancel(ctx)
+			go cancel()
+			count("inactivate with cancel", Inactivate(c, ms...))
+		case 8:
+			ms[0].Cancel()
+		case 9:
+			if rnd.IntN(4) == 0 {
+				ms[0].Fence(errFence)
+			}
+		default:
+			for _, m := range p.ms { // one by one, as one may not be failed
+				if s := m.Status().State; s == FailedIO || s == FailedFenced {
+					count("abandon", Abandon(ctx, m))
+				}
+			}
+		}
+		runtime.Gosched()
+	}
+}
+
+// TestTwoProcesses has two processes with the same two images take them from
+// each other, with requests, orders, failures, faults and fences all at once.
+// The fakes panic when anything of either touches an image in a way that its
+// state does not allow; at the end every acknowledged write is durable or was
+// given up aloud, and no refused one is there.
+func TestTwoProcesses(t *testing.T) {
+	n := 300
+	if testing.Short() {
+		n = 60
+	}
+	disks := []*disk{newDisk(), newDisk()}
+	ps := []*process{newProcess(t, "p", disks), newProcess(t, "q", disks)}
+	var orders, connections sync.WaitGroup
+	for i, p := range ps {
+		for c := range 4 {
+			connections.Go(func() { p.connection(uint64(100*i + c)) })
+		}
+		for o := range 2 {
+			orders.Go(func() { p.orders(n, uint64(10*i+o)) })
+		}
+	}
+	orders.Wait()
+	var stops sync.WaitGroup
+	for _, p := range ps {
+		stops.Go(func() { _ = Stop(p.ms...) }) // wakes what is parked
+	}
+	stops.Wait()
+	for _, p := range ps {
+		p.over.Store(true)
+	}
+	connections.Wait()
+
+	for i, d := range disks {
+		if d.owner.Load() != nil {
+			t.Error("a lock is left behind")
+		}
+		lost := make(map[int]bool)
+		for _, p := range ps {
+			for _, id := range p.imgs[i].lost {
+				lost[id] = true
+			}
+			if len(p.imgs[i].dirty) != 0 {
+				t.Error("writes left unsynced")
+			}
+		}
+		acked := 0
+		for _, p := range ps {
+			for id := range p.acked[d] {
+				acked++
+				if !d.data[id] && !lost[id] {
+					t.Fatalf("acknowledged write %d is lost", id)
+				}
+			}
+			for id := range p.refused[d] {
+				if d.data[id] || lost[id] {
+					t.Fatalf("refused write %d was carried out", id)
+				}
+			}
+		}
+		t.Logf("image %d: %d writes acknowledged, %d given up", i, acked, len(lost))
+		if acked == 0 {
+			t.Error("no write was acknowledged")
+		}
+	}
+	for _, p := range ps {
+		t.Log(p.outcomes)
+		if p.outcomes["activate"] == 0 || p.outcomes["inactivate"] == 0 {
+			t.Error("ownership never moved")
+		}
+	}
+}
+
+// TestGroupsDoNotDeadlock gives overlapping groups in all orders, of machines
+// whose keys are equal.
+func TestGroupsDoNotDeadlock(t *testing.T) {
+	r := newRig(t, Options{}, "a", "b", "c", "d")
+	for _, f := range r.imgs {
+		f.ino = 7
+	}
+	var wg sync.WaitGroup
+	for seed := range uint64(6) {
+		wg.Go(func() {
+			rnd := rand.New(rand.NewPCG(seed, 1))
+			for range 300 {
+				perm := rnd.Perm(len(r.ms))[:1+rnd.IntN(len(r.ms))]
+				if rnd.IntN(2) == 0 {
+					_ = r.activate(perm...)
+				} else {
+					_ = r.inactivate(perm...)
+				}
+				for _, m := range r.ms {
+					m.Status()
+				}
+			}
+		})
+	}
+	wg.Wait()
+	noError(t, r.inactivate())
+	noError(t, r.activate())
+}
