@@ -1,0 +1,154 @@
+// Package backend maps: it knows where guest bytes live. An Image turns a
+// guest range into extents of host files (raw today), takes and drops the
+// image's locks, and carries out the storage side of an ownership change.
+// It knows no sockets, no protocol and not who is asking.
+package backend
+
+import "errors"
+
+// ErrWait is returned by Map and Prepare without MayBlock when the answer
+// needs something that can wait for a device or for another request. The
+// caller asks again with MayBlock from where waiting hurts nobody.
+var ErrWait = errors.New("backend: the mapping must wait")
+
+// Kind says what stands behind an extent.
+type Kind uint8
+
+const (
+	// Data: the bytes live in File at Offset.
+	Data Kind = iota
+	// Zero: the range reads as zeros and has no bytes on the host.
+	Zero
+	// Opaque: only Image.ReadOpaque can produce the bytes (compressed).
+	Opaque
+)
+
+// Extent is a contiguous part of a mapped guest range.
+type Extent struct {
+	Kind   Kind
+	File   *File // Data only; valid until the Plan is released
+	Offset int64 // Data only: byte offset in File
+	Length int64 // bytes, > 0
+}
+
+// Plan is one request's mapping and the pins it holds. The zero value is
+// ready; a Plan is reused from request to request so that mapping allocates
+// nothing. It belongs to one request at a time.
+type Plan struct {
+	// Extents cover the asked range in order, without gaps.
+	Extents []Extent
+	// Pin is the format's own: what Unmap, Commit and Abort need.
+	Pin any
+}
+
+// Mode says what Map and Prepare may do.
+type Mode uint8
+
+const (
+	// MayBlock allows waiting for storage or for other requests.
+	MayBlock Mode = 1 << iota
+	// FindHoles asks Map to tell holes as Zero extents where that is cheap.
+	FindHoles
+)
+
+// ZeroFlags refine Image.Zero (NBD_CMD_WRITE_ZEROES).
+type ZeroFlags uint8
+
+const (
+	// NoHole: the range must be allocated afterwards (NBD_CMD_FLAG_NO_HOLE).
+	NoHole ZeroFlags = 1 << iota
+	// FastZero: fail with unix.EOPNOTSUPP, changing nothing, unless zeroing
+	// is faster than writing zeros (NBD_CMD_FLAG_FAST_ZERO).
+	FastZero
+)
+
+// StatusFlags are what base:allocation reports of an extent.
+type StatusFlags uint32
+
+const (
+	// StatusHole: not allocated; a write there may run out of space.
+	StatusHole StatusFlags = 1 << iota
+	// StatusZero: reads as zeros.
+	StatusZero
+)
+
+// Status is one extent of an allocation map.
+type Status struct {
+	Length int64 // bytes, > 0
+	Flags  StatusFlags
+}
+
+// Info describes an image; it does not change while the process lives,
+// except for the size, which Image.Size reports.
+type Info struct {
+	Path     string // as given by the user
+	Format   string // "raw"
+	ReadOnly bool   // never opened for writing
+	// Block sizes in bytes as advertised: minimum 1, preferred a power of
+	// two >= 512, maximum the largest request (32 MiB).
+	MinBlock, PreferredBlock, MaxBlock uint32
+	Rotational                         bool
+	// CanTrim and CanFastZero: what the host file system does, probed at
+	// open. Zeroing by other means always works.
+	CanTrim, CanFastZero bool
+	// WriteThrough: every write is durable when it is acknowledged.
+	WriteThrough bool
+}
+
+// Image is one disk image. The data methods may be called by any number of
+// goroutines at once; callers hold an admission of the image's gate (package
+// state) around them, which is what keeps the descriptors behind an extent
+// open. Errors wrap a syscall.Errno.
+//
+// A range handed to a data method is never empty and lies inside Size at the
+// time of admission; what has shrunk since gives EIO.
+type Image interface {
+	Info() Info
+	// Size of the current view in bytes. It changes only where a view is
+	// published (activation), never under an admitted request.
+	Size() int64
+
+	// Map plans the read of [off, off+n). Unmap ends it.
+	Map(p *Plan, off, n int64, mode Mode) error
+	// Unmap gives back what Map pinned. It cannot fail. Kind and Length of
+	// the plan's extents stay readable until the plan is used again.
+	Unmap(p *Plan)
+	// ReadOpaque fills dst with the bytes of the Opaque extent p.Extents[i],
+	// starting skip bytes into it. May block.
+	ReadOpaque(p *Plan, i int, skip int64, dst []byte) error
+
+	// Prepare plans the write of payload at off: every extent of the plan is
+	// Data, and the caller puts the bytes there. payload is only looked at
+	// during the call. Then exactly one of Commit or Abort.
+	Prepare(p *Plan, off int64, payload []byte, mode Mode) error
+	// Commit publishes the mapping after all bytes are in place.
+	Commit(p *Plan) error
+	// Abort publishes nothing and gives back what Prepare took.
+	Abort(p *Plan)
+
+	// The rest may block for as long as the storage does.
+
+	// Flush makes every completed write, discard and zeroing durable,
+	// those of other connections included (fdatasync). Concurrent flushes
+	// share one. An error that satisfies SyncFailed is sticky.
+	Flush() error
+	// Discard tells the storage that the range is no longer needed. The
+	// bytes there read as zeros or as before.
+	Discard(off, n int64) error
+	// Zero makes the range read as zeros.
+	Zero(off, n int64, flags ZeroFlags) error
+	// Cache asks for the range to be read ahead; a hint.
+	Cache(off, n int64) error
+	// Status appends the allocation of [off, off+n) to dst, neighbours with
+	// equal flags merged, at most max entries; what they cover may end
+	// before off+n if max was reached.
+	Status(dst []Status, off, n int64, max int) ([]Status, error)
+}
+
+// SyncFailed reports whether err, or what it wraps, is a failed sync: the
+// kernel may have dropped dirty pages and says so only once, so the image
+// must not be handed over as clean.
+func SyncFailed(err error) bool {
+	var s interface{ SyncFailed() bool }
+	return errors.As(err, &s) && s.SyncFailed()
+}

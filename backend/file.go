@@ -1,0 +1,446 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Largest writes that are made inline, in bytes: see File.InlineWrite.
+const (
+	inlineTmpfs  = 256 << 10
+	inlineCached = 64 << 10
+	pageSize     = 4096
+)
+
+// File is an open host file: one open file description, or with O_DIRECT two
+// of the same inode (the second, buffered one is for a tail that fills no
+// block). Its methods may be called by any number of goroutines at once, but
+// for Close, load, lock and unlock, which belong to whoever changes
+// ownership. Offsets and lengths are bytes. Errors are *fs.PathError and wrap
+// a syscall.Errno; buffers are the caller's again on return.
+type File struct {
+	fd       int
+	tailFd   int // buffered twin of an O_DIRECT description, otherwise -1
+	path     string
+	id       inode
+	writable bool
+	traits   Traits
+
+	size  int64        // at load
+	limit atomic.Int64 // writes end here: size, or less once seen shrunk
+	// Direct only: from here on, bytes go through tailFd. It equals size
+	// when that is a multiple of the alignment.
+	tail int64
+
+	ranges ranges
+	syncer syncer
+
+	noPunch, noZeroRange, noDsync atomic.Bool // found not supported
+
+	held   []lockByte // bytes locked on fd and tailFd
+	faults faults
+}
+
+// inode identifies a file: a device node by the device behind it.
+type inode struct{ dev, ino uint64 }
+
+func inodeOf(st *unix.Stat_t) inode {
+	if st.Mode&unix.S_IFMT == unix.S_IFBLK {
+		return inode{dev: st.Rdev}
+	}
+	return inode{dev: st.Dev, ino: st.Ino}
+}
+
+// openHow says how a description is opened.
+type openHow struct {
+	write, direct bool
+	faults        faults
+}
+
+func (h openHow) flags() int {
+	flags := unix.O_RDONLY
+	if h.write {
+		flags = unix.O_RDWR
+	}
+	if h.direct {
+		flags |= unix.O_DIRECT
+	}
+	return flags
+}
+
+// openFile opens the regular file or block device at path. It never creates
+// and never waits for the other end of a FIFO.
+func openFile(path string, how openHow) (*File, error) {
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Stat(path, &st) }); err != nil {
+		return nil, openError(path, how, err)
+	}
+	if err := refuseKind(path, st.Mode); err != nil {
+		return nil, err
+	}
+	flags := how.flags()
+	if st.Mode&unix.S_IFMT == unix.S_IFREG {
+		flags |= unix.O_NONBLOCK // should it have become a FIFO
+	}
+	fd, err := how.faults.open(opOpen, path, flags)
+	if err != nil {
+		return nil, openError(path, how, err)
+	}
+	return newFile(fd, path, how)
+}
+
+// reopen opens the very inode of f once more, whatever its path names now,
+// as a description of its own that shares no locks with f.
+func (f *File) reopen(how openHow) (*File, error) {
+	fd, err := reopenFd(f.fd, f.path, f.id, opReopen, how)
+	if err != nil {
+		return nil, openError(f.path, how, err)
+	}
+	return newFile(fd, f.path, how)
+}
+
+func reopenFd(fd int, path string, id inode, op sysop, how openHow) (int, error) {
+	n, err := how.faults.open(op, fmt.Sprintf("/proc/self/fd/%d", fd), how.flags())
+	if err != unix.ENOENT {
+		return n, err
+	}
+	// No /proc: by path, if that still names it.
+	n, err = how.faults.open(op, path, how.flags()|unix.O_NONBLOCK)
+	if err != nil {
+		return -1, err
+	}
+	var st unix.Stat_t
+	if err = unix.Fstat(n, &st); err == nil && inodeOf(&st) != id {
+		err = unix.ESTALE
+	}
+	if err != nil {
+		unix.Close(n)
+		return -1, err
+	}
+	return n, nil
+}
+
+// newFile takes fd, which it closes on failure.
+func newFile(fd int, path string, how openHow) (f *File, err error) {
+	f = &File{fd: fd, tailFd: -1, path: path, writable: how.write, faults: how.faults}
+	defer func() {
+		if err != nil {
+			f.Close()
+			f = nil
+		}
+	}()
+	var st unix.Stat_t
+	if err := f.fstat(&st); err != nil {
+		return f, openError(path, how, err)
+	}
+	if err := refuseKind(path, st.Mode); err != nil {
+		return f, err
+	}
+	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err == nil && fl&unix.O_NONBLOCK != 0 {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, fl&^unix.O_NONBLOCK); err != nil {
+			return f, openError(path, how, err)
+		}
+	}
+	f.id = inodeOf(&st)
+	if err := f.findTraits(&st, how.direct); err != nil {
+		return f, err
+	}
+	return f, f.load()
+}
+
+// deadFile stands for a file that cannot be opened: I/O fails with EIO.
+func deadFile(path string, id inode) *File {
+	return &File{fd: -1, tailFd: -1, path: path, id: id, traits: Traits{FS: "other", Align: 1, BlockSize: pageSize}}
+}
+
+// load reads the file's size; I/O goes by it until the next load. It opens
+// and locks the buffered twin where there is a tail. Nothing else may use the
+// file at that time.
+func (f *File) load() error {
+	size, err := f.currentSize()
+	if err != nil {
+		return err
+	}
+	f.size, f.tail = size, size
+	if f.traits.Direct && size%int64(f.traits.Align) != 0 {
+		f.tail = size &^ (int64(f.traits.tailUnit) - 1)
+		if f.tailFd < 0 {
+			how := openHow{write: f.writable, faults: f.faults}
+			if f.tailFd, err = reopenFd(f.fd, f.path, f.id, opReopen, how); err != nil {
+				return openError(f.path, how, err)
+			}
+		}
+		if err := f.lockTwin(); err != nil {
+			return err
+		}
+	}
+	f.limit.Store(size)
+	return nil
+}
+
+func (f *File) currentSize() (int64, error) {
+	if f.traits.BlockDevice {
+		if err := f.faults.check(opStat, 0); err != nil {
+			return 0, f.fail("stat", err)
+		}
+		n, err := deviceSize(f.fd)
+		if err != nil {
+			return 0, f.fail("seek", err)
+		}
+		return n, nil
+	}
+	var st unix.Stat_t
+	if err := f.fstat(&st); err != nil {
+		return 0, f.fail("stat", err)
+	}
+	return st.Size, nil
+}
+
+// Fd is the file's descriptor, O_DIRECT if Traits says so. It stays open as
+// long as the File does and is not to be closed or changed.
+func (f *File) Fd() int { return f.fd }
+
+// Path is the file's path as the user gave it, for messages.
+func (f *File) Path() string { return f.path }
+
+// Traits are what was found at open.
+func (f *File) Traits() Traits { return f.traits }
+
+// Writable reports whether the file is open for writing.
+func (f *File) Writable() bool { return f.writable }
+
+// Close closes the descriptors, and with them drops the locks. It writes
+// nothing. Nothing may use the file any more.
+func (f *File) Close() error {
+	var errs [2]error
+	for i, fd := range [...]*int{&f.tailFd, &f.fd} {
+		if *fd < 0 {
+			continue
+		}
+		err := f.faults.check(opClose, 0)
+		// The descriptor is gone whatever close says (close(2)).
+		if e := unix.Close(*fd); err == nil && e != unix.EINTR {
+			err = e
+		}
+		if err != nil {
+			errs[i] = f.fail("close", err)
+		}
+		*fd = -1
+	}
+	f.held = nil
+	return errors.Join(errs[:]...)
+}
+
+func (f *File) fail(op string, err error) error {
+	if f.fd < 0 {
+		err = unix.EIO // see deadFile
+	}
+	return &fs.PathError{Op: op, Path: f.path, Err: err}
+}
+
+var errPastEnd = fmt.Errorf("past the end of the file, which has become shorter: %w", unix.EIO)
+
+// TryReadAt reads what can be had without waiting for a device. It returns
+// ErrWait if that is less than p: p[:n] is valid, and ReadAt gets the rest or
+// finds out what is wrong. It returns no other error and allocates nothing.
+//
+// It uses RawSyscall: see BenchmarkTryReadAt for what Syscall would cost.
+func (f *File) TryReadAt(p []byte, off int64) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if !f.traits.InlineReads && !f.traits.NowaitReads {
+		return 0, ErrWait
+	}
+	q := p
+	if f.faults != nil {
+		n, err := f.faults(opTryRead, off, len(p))
+		if err != nil || n == 0 {
+			return 0, ErrWait
+		}
+		q = p[:n]
+	}
+	for {
+		var n int
+		var errno unix.Errno
+		if f.traits.InlineReads {
+			n, errno = rawPread(f.fd, q, off)
+		} else {
+			n, errno = rawPreadNowait(f.fd, q, off)
+		}
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno != 0:
+			return 0, ErrWait
+		case n < len(p):
+			return n, ErrWait
+		}
+		return n, nil
+	}
+}
+
+// ReadAt fills p from off. It may block. Bytes past the end of the file,
+// which can only have shrunk, give EIO.
+func (f *File) ReadAt(p []byte, off int64) error {
+	if off < 0 {
+		return f.fail("read", unix.EIO)
+	}
+	if f.traits.Direct {
+		return f.directRead(p, off)
+	}
+	return f.readFull(f.fd, p, off)
+}
+
+func (f *File) readFull(fd int, p []byte, off int64) error {
+	for len(p) > 0 {
+		n, err := f.pread(fd, p, off)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return f.fail("read", err)
+		case n == 0:
+			return f.fail("read", errPastEnd)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	return nil
+}
+
+// InlineWrite reports whether a write of n bytes at off is expected not to
+// wait for a device: on tmpfs up to 256 KiB; into the page cache of a local
+// file system whole pages (so that none is read first) up to 64 KiB. It is a
+// guess: the kernel slows writers down when too much is dirty.
+func (f *File) InlineWrite(off int64, n int) bool {
+	switch {
+	case !f.writable:
+		return false
+	case f.traits.Tmpfs:
+		return n <= inlineTmpfs
+	default:
+		return f.traits.inlineWrites && n <= inlineCached && (off|int64(n))%pageSize == 0
+	}
+}
+
+// TryWriteAt writes p at off if InlineWrite says so. It returns ErrWait if
+// not all of p was written: p[:n] was, and WriteAt puts the rest there or
+// finds out what is wrong. It returns no other error and allocates nothing.
+//
+// On tmpfs it uses RawSyscall. Elsewhere the kernel may put the writer to
+// sleep (balance_dirty_pages), which would stop garbage collection and with
+// it the process, so there Syscall is worth its price: see
+// BenchmarkTryWriteAt.
+func (f *File) TryWriteAt(p []byte, off int64) (int, error) {
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if !f.InlineWrite(off, len(p)) || off+int64(len(p)) > f.limit.Load() {
+		return 0, ErrWait
+	}
+	q := p
+	if f.faults != nil {
+		n, err := f.faults(opTryWrite, off, len(p))
+		if err != nil || n == 0 {
+			return 0, ErrWait
+		}
+		q = p[:n]
+	}
+	for {
+		var n int
+		var errno unix.Errno
+		if f.traits.Tmpfs {
+			n, errno = rawPwrite(f.fd, q, off)
+		} else {
+			r, _, e := unix.Syscall6(unix.SYS_PWRITE64, uintptr(f.fd), uintptr(unsafe.Pointer(&q[0])), uintptr(len(q)), uintptr(off), 0, 0)
+			n, errno = int(r), e
+		}
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno != 0:
+			return 0, ErrWait
+		case n < len(p):
+			return n, ErrWait
+		}
+		return n, nil
+	}
+}
+
+// WriteAt writes all of p at off. It may block. With durable it returns when
+// the bytes would survive power loss (RWF_DSYNC). A range that ends past the
+// end of the file gives EIO: a file that shrank is not grown back. After an
+// error any part of p may have been written; if it satisfies SyncFailed, see
+// Sync.
+func (f *File) WriteAt(p []byte, off int64, durable bool) error {
+	if err := f.inside("write", off, int64(len(p))); err != nil {
+		return err
+	}
+	if durable {
+		if err := f.syncer.failed(); err != nil {
+			return err
+		}
+	}
+	if f.traits.Direct {
+		return f.directWrite(p, off, durable)
+	}
+	return f.writeFull(f.fd, p, off, durable)
+}
+
+// inside checks a range that is about to be changed.
+func (f *File) inside(op string, off, n int64) error {
+	if off < 0 || n < 0 || off > f.limit.Load()-n {
+		return f.fail(op, errPastEnd)
+	}
+	return nil
+}
+
+func (f *File) writeFull(fd int, p []byte, off int64, durable bool) error {
+	dsync := durable && !f.noDsync.Load()
+	for len(p) > 0 {
+		var n int
+		var err error
+		if dsync {
+			n, err = f.pwriteDsync(fd, p, off)
+		} else {
+			n, err = f.pwrite(fd, p, off)
+		}
+		switch {
+		case err == unix.EINTR:
+			continue
+		case dsync && (err == unix.EOPNOTSUPP || err == unix.ENOSYS || err == unix.EINVAL):
+			f.noDsync.Store(true)
+			dsync = false
+			continue
+		case err != nil && dsync:
+			return f.dsyncFailed(fd, p, off, err)
+		case err != nil:
+			return f.fail("write", err)
+		case n == 0:
+			return f.fail("write", unix.ENOSPC)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	if durable && !dsync {
+		return f.Sync()
+	}
+	return nil
+}
+
+// dsyncFailed tells whether a durable write failed in writing, which the
+// client hears of and that is all, or in syncing, when the kernel may have
+// dropped dirty bytes of others and will not say so again. It is a failed
+// write if the same write without RWF_DSYNC fails too, and not by EIO.
+func (f *File) dsyncFailed(fd int, p []byte, off int64, err error) error {
+	if err != unix.EIO {
+		if _, again := f.pwrite(fd, p, off); again != nil && again != unix.EINTR && again != unix.EIO {
+			return f.fail("write", again)
+		}
+	}
+	return f.syncer.fail(f.path, err)
+}

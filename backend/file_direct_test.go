@@ -1,0 +1,165 @@
+package backend
+
+import (
+	"bytes"
+	"os"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Single bytes of one sector written at once are all there.
+func TestDirectSharedSector(t *testing.T) {
+	for _, size := range []int{64 << 10, 64<<10 + 77} {
+		path := writeFile(t, t.TempDir(), make([]byte, size))
+		f := openTest(t, path, openHow{write: true, direct: true})
+		base := int64(size) - 512 // the tail, if there is one
+		for _, at := range []int64{0, 4096, base} {
+			var wg sync.WaitGroup
+			for g := range 8 {
+				wg.Go(func() {
+					for i := range 16 {
+						off := at + int64(i*8+g)
+						if err := f.WriteAt([]byte{byte(g + 1)}, off, false); err != nil {
+							t.Error(err)
+						}
+					}
+				})
+			}
+			wg.Wait()
+			b := make([]byte, 128)
+			must(t, f.ReadAt(b, at))
+			for i, c := range b {
+				if c != byte(i%8+1) {
+					t.Fatalf("size %d, byte %d is %d", size, at+int64(i), c)
+				}
+			}
+		}
+	}
+}
+
+// A whole block written beside single bytes of its neighbours, over and over.
+func TestDirectMixedWriters(t *testing.T) {
+	path := writeFile(t, t.TempDir(), make([]byte, 32<<10))
+	f := openTest(t, path, openHow{write: true, direct: true})
+	a := int64(f.traits.Align)
+	var wg sync.WaitGroup
+	for g := range 4 {
+		wg.Go(func() {
+			off := 4096 + int64(g)*a + a/2 // half of one block, half of the next
+			for i := range 50 {
+				b := bytes.Repeat([]byte{byte(g<<6 | i)}, int(a))
+				if err := f.WriteAt(b, off, false); err != nil {
+					t.Error(err)
+					return
+				}
+				got := make([]byte, a)
+				if err := f.ReadAt(got, off); err != nil || !bytes.Equal(got, b) {
+					t.Errorf("writer %d, round %d: bytes of its own are lost (%v)", g, i, err)
+					return
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// What is written directly and through the tail's page cache is one file for
+// any other opener.
+func TestDirectTailCoherent(t *testing.T) {
+	const size = 20000
+	path := writeFile(t, t.TempDir(), make([]byte, size))
+	f := openTest(t, path, openHow{write: true, direct: true})
+	if f.tailFd < 0 || f.tail >= size || f.tail%pageSize != 0 {
+		t.Fatalf("tail at %d, descriptor %d", f.tail, f.tailFd)
+	}
+	want := make([]byte, size)
+	for i := range 40 {
+		b := pattern(3000, uint64(i))
+		off := size - 3000 - int64(i*37)
+		must(t, f.WriteAt(b, off, i%2 == 0))
+		copy(want[off:], b)
+		wantContent(t, path, want)
+	}
+	if st := statOf(t, path); st.Size != size {
+		t.Fatalf("the size is %d", st.Size)
+	}
+}
+
+func TestRanges(t *testing.T) {
+	var r ranges
+	a := r.enter(0, 8, false)
+	b := r.enter(0, 8, false) // whole blocks do not exclude each other
+	entered := make(chan int, 3)
+	go func() { s := r.enter(4, 12, true); entered <- 1; r.leave(s) }()
+	waits := func(n int) {
+		for {
+			r.mu.Lock()
+			w := r.waiting
+			r.mu.Unlock()
+			if w == n {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+	}
+	waits(1)
+	go func() { s := r.enter(8, 12, false); entered <- 2; r.leave(s) }() // behind the waiting one
+	waits(2)
+	c := r.enter(12, 16, true) // elsewhere
+	r.leave(c)
+	r.leave(a)
+	if len(entered) != 0 {
+		t.Error("entered too early")
+	}
+	r.leave(b)
+	if x, y := <-entered, <-entered; x != 1 || y != 2 {
+		t.Errorf("order %d, %d", x, y)
+	}
+	waits(0)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.old != nil || r.new != nil {
+		t.Error("the list is not empty")
+	}
+}
+
+func TestDirectRefused(t *testing.T) {
+	h := new(failing)
+	path := writeFile(t, t.TempDir(), make([]byte, 5000))
+	h.set(opOpen, unix.EINVAL)
+	_, err := openFile(path, openHow{direct: true, faults: h.hook})
+	wantErrno(t, err, unix.EINVAL)
+	t.Log(err)
+	// tmpfs is the page cache: nothing to go around.
+	shm := writeFile(t, shmDir(t), make([]byte, 5000))
+	f, err := openFile(shm, openHow{direct: true})
+	if err != nil {
+		t.Skip(err)
+	}
+	defer f.Close()
+	fl, err := unix.FcntlInt(uintptr(f.fd), unix.F_GETFL, 0)
+	must(t, err)
+	if f.traits.Direct || fl&unix.O_DIRECT != 0 {
+		t.Error("O_DIRECT stays on tmpfs")
+	}
+}
+
+func TestAlignedMemory(t *testing.T) {
+	b := make([]byte, 3*pageSize)
+	path := writeFile(t, t.TempDir(), pattern(64<<10, 3))
+	f := openTest(t, path, openHow{write: true, direct: true})
+	want, err := os.ReadFile(path)
+	must(t, err)
+	for skip := range 20 {
+		p := b[skip : skip+2*pageSize]
+		must(t, f.ReadAt(p, 4096))
+		if !bytes.Equal(p, want[4096:4096+2*pageSize]) {
+			t.Fatalf("memory at +%d", skip)
+		}
+		must(t, f.WriteAt(p, 4096, false))
+	}
+	wantContent(t, path, want)
+}

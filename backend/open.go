@@ -1,0 +1,179 @@
+package backend
+
+import (
+	"fmt"
+	"io/fs"
+
+	"golang.org/x/sys/unix"
+)
+
+// CacheMode says how the host's page cache is used.
+type CacheMode string
+
+const (
+	// CacheWriteback, the default: writes are in the page cache when they
+	// are acknowledged, and on the disk after a flush.
+	CacheWriteback CacheMode = "writeback"
+	// CacheNone goes around the page cache (O_DIRECT).
+	CacheNone CacheMode = "none"
+	// CacheWritethrough: writes are on the disk when they are acknowledged.
+	CacheWritethrough CacheMode = "writethrough"
+)
+
+// LockingMode says whether an active image is locked.
+type LockingMode string
+
+const (
+	// LockingAuto, the default: activation locks the image, refuses where
+	// locks do not work, and warns where they do not reach other hosts.
+	LockingAuto LockingMode = "auto"
+	// LockingOn is LockingAuto without that warning.
+	LockingOn LockingMode = "on"
+	// LockingOff takes no locks. Who uses it sees to it that nobody else
+	// writes.
+	LockingOff LockingMode = "off"
+)
+
+// DropCacheMode says whether activation drops the page cache.
+type DropCacheMode string
+
+const (
+	// DropCacheAuto, the default, drops it where not all openers share one
+	// cache: everywhere but on ext4, xfs, btrfs and tmpfs.
+	DropCacheAuto DropCacheMode = "auto"
+	DropCacheOn   DropCacheMode = "on"
+	DropCacheOff  DropCacheMode = "off"
+)
+
+// Options describe the image to open. The zero value of each mode is its
+// default.
+type Options struct {
+	Path      string
+	Format    string // "raw", "qcow2", "auto" or "" for auto
+	ReadOnly  bool   // never open it for writing
+	Cache     CacheMode
+	Locking   LockingMode
+	DropCache DropCacheMode
+	// Warn gets a line about what the user should know and what does not
+	// keep the image from being served. It may be called by any goroutine,
+	// also later. nil drops them.
+	Warn func(string)
+}
+
+// settle replaces zero values by the defaults and refuses what is unknown.
+func (o *Options) settle() error {
+	choose := func(flag string, v *string, all ...string) error {
+		if *v == "" {
+			*v = all[0]
+		}
+		for _, a := range all {
+			if *v == a {
+				return nil
+			}
+		}
+		return fmt.Errorf("%s %q: must be one of %q: %w", flag, *v, all, unix.EINVAL)
+	}
+	if err := choose("--format", &o.Format, "auto", "raw", "qcow2"); err != nil {
+		return err
+	}
+	if err := choose("--cache", (*string)(&o.Cache), string(CacheWriteback), string(CacheNone), string(CacheWritethrough)); err != nil {
+		return err
+	}
+	if err := choose("--locking", (*string)(&o.Locking), string(LockingAuto), string(LockingOn), string(LockingOff)); err != nil {
+		return err
+	}
+	if err := choose("--drop-cache", (*string)(&o.DropCache), string(DropCacheAuto), string(DropCacheOn), string(DropCacheOff)); err != nil {
+		return err
+	}
+	if o.Warn == nil {
+		o.Warn = func(string) {}
+	}
+	return nil
+}
+
+// Open opens the image inactive: for reading only, without locks, changing
+// nothing. It may block for as long as the storage does. Errors wrap a
+// syscall.Errno and say what to do.
+func Open(o Options) (*Raw, error) { return open(o, nil) }
+
+func open(o Options, h faults) (*Raw, error) {
+	if err := o.settle(); err != nil {
+		return nil, err
+	}
+	f, err := openFile(o.Path, openHow{direct: o.Cache == CacheNone, faults: h})
+	if err != nil {
+		return nil, err
+	}
+	probed, err := checkFormat(f, o)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return newRaw(f, o, probed, h), nil
+}
+
+// checkFormat refuses what is not to be served as raw. probed says that raw
+// is a guess.
+func checkFormat(f *File, o Options) (probed bool, err error) {
+	if o.Format == "raw" {
+		return false, nil
+	}
+	format := o.Format
+	if format == "auto" {
+		first, err := readFirst(f)
+		if err != nil {
+			return false, err
+		}
+		format = Probe(first)
+	}
+	var hint string
+	switch format {
+	case "":
+		o.Warn(fmt.Sprintf("the format of %s was not given and is taken to be raw; writes that would make it look like another format are refused; give -f raw to allow them", f.path))
+		return true, nil
+	case "qcow2":
+		hint = "nbd-export cannot serve qcow2 yet; convert it with qemu-img convert -O raw"
+	default:
+		hint = fmt.Sprintf("this looks like a %s image, which nbd-export cannot serve; convert it with qemu-img convert -O raw, or give -f raw if it is a raw disk all the same", format)
+	}
+	return false, &fs.PathError{Op: "open image", Path: f.path, Err: fmt.Errorf("%s: %w", hint, unix.EOPNOTSUPP)}
+}
+
+// refuseKind lets only regular files and block devices through.
+func refuseKind(path string, mode uint32) error {
+	var what string
+	errno := unix.EINVAL
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFBLK:
+		return nil
+	case unix.S_IFDIR:
+		what, errno = "a directory", unix.EISDIR
+	case unix.S_IFIFO:
+		what = "a FIFO"
+	case unix.S_IFSOCK:
+		what = "a socket"
+	case unix.S_IFCHR:
+		what = "a character device"
+	default:
+		what = "not a file"
+	}
+	return &fs.PathError{Op: "open image", Path: path, Err: fmt.Errorf("this is %s; an image is a regular file or a block device: %w", what, errno)}
+}
+
+// openError adds to a failed open what can be done about it.
+func openError(path string, how openHow, err error) error {
+	hint := ""
+	switch {
+	case err == unix.ENOENT:
+		hint = "; an image has to exist, truncate -s SIZE makes an empty one"
+	case err == unix.EROFS || (err == unix.EACCES || err == unix.EPERM) && how.write:
+		hint = "; make it writable or serve it with --read-only"
+	case err == unix.EACCES:
+		hint = "; make it readable for the user that runs nbd-export"
+	case err == unix.EINVAL && how.direct:
+		return &fs.PathError{Op: "open image", Path: path, Err: fmt.Errorf("%w: %w", errNoDirect, err)}
+	case err == unix.ESTALE:
+		hint = "; the path names another file now"
+	}
+	return &fs.PathError{Op: "open image", Path: path, Err: fmt.Errorf("%w%s", err, hint)}
+}
