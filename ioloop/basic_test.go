@@ -1,0 +1,65 @@
+package ioloop
+
+import (
+	"bytes"
+	"net"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestBasics(t *testing.T) {
+	for name, link := range links {
+		for _, chunked := range []bool{false, true} {
+			for _, tmpfs := range []bool{false, true} {
+				t.Run(name, func(t *testing.T) { testBasics(t, link, chunked, tmpfs) })
+			}
+		}
+	}
+}
+
+func testBasics(t *testing.T, link func(testing.TB) (a, b net.Conn), chunked, tmpfs bool) {
+	r := newRig(t, rigConfig{tmpfs: tmpfs})
+	c := r.connectOver(&testCodec{chunked}, link)
+	for _, n := range []int64{1, 511, 4096, 32 << 10, 32<<10 + 1, 64 << 10, 100_000, 256 << 10, 1 << 20, 3 << 20} {
+		p := pattern(int(n), uint64(n))
+		c.ok(OpWrite, 0, 4096, n, p)
+		if a := c.ok(OpRead, 0, 4096, n, nil); !bytes.Equal(a.data, p) {
+			t.Fatalf("%d bytes: what was read is not what was written", n)
+		}
+		if a := c.ok(OpRead, 0, 4095, n+1, nil); !bytes.Equal(a.data[1:], p) {
+			t.Fatalf("%d bytes, unaligned: what was read is not what was written", n)
+		}
+		c.ok(OpWrite, FUA, 4096, n, p)
+		c.ok(OpFlush, 0, 0, 0, nil)
+		c.ok(OpCache, 0, 4096, n, nil)
+		if a := c.ok(OpStatus, 0, 0, r.size, nil); len(a.status) == 0 {
+			t.Fatal("no status")
+		}
+		c.ok(OpDiscard, 0, 4096, n, nil)
+		c.ok(OpZero, FUA, 4096, n, nil)
+		if a := c.ok(OpRead, 0, 4096, n, nil); !bytes.Equal(a.data, make([]byte, n)) {
+			t.Fatalf("%d bytes: not zero", n)
+		}
+	}
+	for _, op := range []Op{OpRead, OpWrite, OpDiscard, OpZero, OpCache, OpStatus} {
+		if a := c.ok(op, 0, 77, 0, nil); a.kind != kindDone {
+			t.Fatalf("%v of nothing: %+v", op, a)
+		}
+	}
+	for _, n := range []int64{0, 1, 4096, 100_000, 300_000} {
+		if a := c.do(OpReject, 0, 0, n, make([]byte, n)); a.errno != unix.EINVAL {
+			t.Fatalf("rejected request with %d bytes: %v", n, a.errno)
+		}
+	}
+	if a := c.do(OpRead, 0, r.size-1, 2, nil); a.errno != unix.EINVAL {
+		t.Fatalf("read past the end: %v", a.errno)
+	}
+	if a := c.do(OpWrite, 0, r.size-1, 2, make([]byte, 2)); a.errno != unix.ENOSPC {
+		t.Fatalf("write past the end: %v", a.errno)
+	}
+	c.send(OpDisconnect, 0, 0, 0, nil)
+	if err := c.end(); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -1,0 +1,208 @@
+package ioloop
+
+import (
+	"context"
+	"maps"
+	"net"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// Config of an Engine; zero values mean the defaults given.
+type Config struct {
+	Memory  int64       // bytes for all payloads of the process; 256 MiB
+	Workers int         // most blocking operations at once; 32
+	Log     *zap.Logger // none
+	// StallLimit is how long a client may move nothing while others wait for
+	// the memory it holds, before it is disconnected; 10 s.
+	StallLimit time.Duration
+}
+
+// Engine is the portable engine: what all connections of a process share. Its
+// methods may be called concurrently.
+type Engine struct {
+	limit   int64 // of budget
+	budget  *budget
+	buffers pool
+	sched   *scheduler
+	log     *zap.Logger
+	stall   time.Duration
+
+	mu      sync.Mutex // leaf
+	conns   map[*conn]struct{}
+	shut    bool          // Serve refuses
+	waiting int           // connections in acquire
+	calm    chan struct{} // closed when waiting becomes 0
+}
+
+// NewEngine makes an engine; it holds no goroutine while it has no work.
+func NewEngine(cfg Config) *Engine {
+	if cfg.Memory == 0 {
+		cfg.Memory = 256 << 20
+	}
+	if cfg.Workers == 0 {
+		cfg.Workers = 32
+	}
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	if cfg.StallLimit == 0 {
+		cfg.StallLimit = 10 * time.Second
+	}
+	return &Engine{
+		limit:   cfg.Memory,
+		budget:  newBudget(cfg.Memory),
+		buffers: pool{keep: cfg.Memory / 8},
+		log:     cfg.Log,
+		stall:   cfg.StallLimit,
+		sched:   newScheduler(cfg.Workers),
+		conns:   make(map[*conn]struct{}),
+	}
+}
+
+// Disk is an image with its ownership, as connections are served from it.
+type Disk struct {
+	Image   backend.Image
+	Machine *state.Machine
+	counts  counts
+}
+
+// NewDisk joins an image and the machine that guards it.
+func NewDisk(img backend.Image, m *state.Machine) *Disk {
+	return &Disk{Image: img, Machine: m}
+}
+
+// counts are a disk's totals over all its connections. Connections add to
+// them once for each batch, not for each request.
+type counts struct {
+	connections, inFlight         atomic.Int64
+	reads, writes, flushes, other atomic.Uint64
+	bytesRead, bytesWritten       atomic.Uint64
+	refused, errors               atomic.Uint64
+}
+
+// Stats of a Disk since it was made.
+type Stats struct {
+	Connections  int64  `json:"connections"`
+	InFlight     int64  `json:"in-flight"` // requests with a worker, or parked
+	Reads        uint64 `json:"reads"`
+	Writes       uint64 `json:"writes"`
+	Flushes      uint64 `json:"flushes"`
+	Others       uint64 `json:"others"`
+	BytesRead    uint64 `json:"bytes-read"`
+	BytesWritten uint64 `json:"bytes-written"`
+	Refused      uint64 `json:"refused"` // by the gate
+	Errors       uint64 `json:"errors"`  // answered with any other error
+}
+
+// Stats never waits.
+func (d *Disk) Stats() Stats {
+	c := &d.counts
+	return Stats{
+		Connections: c.connections.Load(), InFlight: c.inFlight.Load(),
+		Reads: c.reads.Load(), Writes: c.writes.Load(), Flushes: c.flushes.Load(), Others: c.other.Load(),
+		BytesRead: c.bytesRead.Load(), BytesWritten: c.bytesWritten.Load(),
+		Refused: c.refused.Load(), Errors: c.errors.Load(),
+	}
+}
+
+// Memory is how much of the budget is in use, and the budget, in bytes.
+func (e *Engine) Memory() (used, limit int64) {
+	return e.budget.inUse(), e.limit
+}
+
+// Serve moves the requests of one negotiated connection until the client
+// leaves, the stream breaks, or the engine shuts down; it closes nc. size is
+// the export's size in bytes as this connection was told. The error is nil if
+// the connection ended in order.
+func (e *Engine) Serve(nc net.Conn, codec Codec, d *Disk, size int64) error {
+	c := newConn(e, nc, codec, d, size)
+	e.mu.Lock()
+	if e.shut {
+		e.mu.Unlock()
+		c.lane.Close()
+		return nc.Close()
+	}
+	e.conns[c] = struct{}{}
+	e.mu.Unlock()
+	d.counts.connections.Add(1)
+	defer func() {
+		d.counts.connections.Add(-1)
+		e.mu.Lock()
+		delete(e.conns, c)
+		e.mu.Unlock()
+	}()
+	return c.serve()
+}
+
+// Shutdown ends all connections: each as soon as the requests received are
+// answered and the replies sent, and at the latest when ctx ends. Serve takes
+// no new ones.
+func (e *Engine) Shutdown(ctx context.Context) {
+	e.mu.Lock()
+	e.shut = true
+	e.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, c := range e.all() {
+		wg.Go(func() { c.finish(ctx) })
+	}
+	wg.Wait()
+}
+
+func (e *Engine) all() []*conn {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Collect(maps.Keys(e.conns))
+}
+
+// acquire takes what c wants of the budget, waiting for it; false if c broke
+// meanwhile. As long as anyone waits stalled clients are evicted.
+func (e *Engine) acquire(w want, c *conn) (lease, bool) {
+	e.mu.Lock()
+	if e.waiting++; e.waiting == 1 {
+		e.calm = make(chan struct{})
+		go e.evictStalled(e.calm)
+	}
+	e.mu.Unlock()
+	defer func() {
+		e.mu.Lock()
+		if e.waiting--; e.waiting == 0 {
+			close(e.calm)
+		}
+		e.mu.Unlock()
+	}()
+	return e.budget.acquire(w, c.out.broken)
+}
+
+// evictStalled disconnects, one at a time, clients that have moved nothing for
+// longer than the stall limit while others wait for memory.
+func (e *Engine) evictStalled(calm <-chan struct{}) {
+	tick := time.NewTicker(max(e.stall/4, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-calm:
+			return
+		case <-tick.C:
+		}
+		var worst *conn
+		oldest := time.Now().Add(-e.stall).UnixNano()
+		for _, c := range e.all() {
+			if since := c.stalledSince(); since != 0 && since < oldest && e.budget.wanted(&c.held) {
+				worst, oldest = c, since
+			}
+		}
+		if worst != nil {
+			e.log.Warn("client disconnected: it has moved nothing for too long while others wait for the memory it holds",
+				zap.String("client", worst.name), zap.Int64("bytes", worst.held.Load()), zap.Duration("limit", e.stall))
+			worst.out.fail(net.ErrClosed)
+		}
+	}
+}

@@ -1,0 +1,220 @@
+package ioloop
+
+import (
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// segment is a piece of outgoing bytes.
+type segment struct {
+	b []byte
+	// task is freed once b is sent or dropped; nil if nothing is to be freed.
+	task *task
+}
+
+// outgoing queues and sends one connection's replies. Anyone may send; who
+// finds nobody sending becomes the sender and takes along what others queue
+// meanwhile. When the socket is full a writer goroutine takes over, so that
+// neither the receiving side nor a worker ever waits for a client.
+//
+// Only the sender takes anything off the queue or gives up the role, also when
+// the connection breaks: the bytes it is sending must not be used for anything
+// else before its system call has returned.
+type outgoing struct {
+	t      transport
+	broken chan struct{} // closed by fail
+
+	mu      sync.Mutex // leaf
+	queue   []segment
+	sending bool          // somebody is the sender; implied by a non-empty queue
+	err     error         // the connection is broken; everything is dropped
+	idle    chan struct{} // closed when nobody is the sender, for who waits
+
+	// stalledSince is the time in Unix nanoseconds since when the client has
+	// taken nothing although there was something to take; 0 if it has. Only
+	// the sender changes it.
+	stalledSince atomic.Int64
+
+	scratch [maxSegments][]byte // of the sender
+}
+
+// sendOwn sends seg for the receiving goroutine, which may reuse it if the
+// answer is true; otherwise it is queued, and its task freed when it is sent
+// or dropped. It never waits for the client.
+func (o *outgoing) sendOwn(seg segment) bool {
+	o.mu.Lock()
+	if o.err != nil {
+		o.mu.Unlock()
+		return true
+	}
+	if o.sending {
+		o.queue = append(o.queue, seg)
+		o.mu.Unlock()
+		return false
+	}
+	o.sending = true
+	o.mu.Unlock()
+
+	o.scratch[0] = seg.b
+	n, err := o.t.trySend(o.scratch[:1])
+	o.scratch[0] = nil
+	if err != nil && err != errAgain {
+		o.fail(err)
+		n = len(seg.b)
+	}
+	if n == len(seg.b) {
+		o.pump()
+		return true
+	}
+	seg.b = seg.b[n:]
+	o.mu.Lock()
+	o.queue = slices.Insert(o.queue, 0, seg) // before what others have queued
+	o.mu.Unlock()
+	go o.write()
+	return false
+}
+
+// enqueue hands segments over. It never waits for the client.
+func (o *outgoing) enqueue(segs ...segment) {
+	o.mu.Lock()
+	if o.err != nil {
+		o.mu.Unlock()
+		freeSegments(segs)
+		return
+	}
+	o.queue = append(o.queue, segs...)
+	if o.sending {
+		o.mu.Unlock()
+		return
+	}
+	o.sending = true
+	o.mu.Unlock()
+	o.pump()
+}
+
+// pump sends what is queued until nothing is left, or hands over to a writer.
+// The caller is the sender.
+func (o *outgoing) pump() {
+	if !o.drain(false) {
+		go o.write()
+	}
+}
+
+// write is the writer goroutine: pump, but waiting for the client.
+func (o *outgoing) write() {
+	o.stalledSince.Store(time.Now().UnixNano())
+	o.drain(true)
+}
+
+// drain sends until the queue is empty or the connection broken; then the
+// sender's role has ended. Unless wait is set it stops, and answers false,
+// when the socket is full; the role is then still the caller's.
+func (o *outgoing) drain(wait bool) bool {
+	for {
+		o.mu.Lock()
+		if o.err != nil && len(o.queue) > 0 {
+			dropped := o.queue
+			o.queue = nil
+			o.mu.Unlock()
+			freeSegments(dropped)
+			continue
+		}
+		n := min(len(o.queue), maxSegments)
+		if n == 0 {
+			o.sending = false
+			o.stalledSince.Store(0)
+			if o.idle != nil {
+				close(o.idle)
+				o.idle = nil
+			}
+			o.mu.Unlock()
+			return true
+		}
+		for i := range n {
+			o.scratch[i] = o.queue[i].b
+		}
+		o.mu.Unlock()
+
+		var sent int
+		var err error
+		if wait {
+			sent, err = o.t.send(o.scratch[:n])
+			o.stalledSince.Store(time.Now().UnixNano())
+		} else {
+			sent, err = o.t.trySend(o.scratch[:n])
+		}
+		clear(o.scratch[:n])
+		if err == errAgain {
+			return false
+		}
+		if err != nil {
+			o.fail(err)
+			continue
+		}
+		o.sent(sent)
+	}
+}
+
+// sent takes n bytes off the front of the queue.
+func (o *outgoing) sent(n int) {
+	o.mu.Lock()
+	k := 0
+	for k < len(o.queue) && n >= len(o.queue[k].b) {
+		n -= len(o.queue[k].b)
+		k++
+	}
+	var inline [maxSegments]segment
+	done := append(inline[:0], o.queue[:k]...)
+	rest := copy(o.queue, o.queue[k:])
+	clear(o.queue[rest:])
+	o.queue = o.queue[:rest]
+	if n > 0 {
+		o.queue[0].b = o.queue[0].b[n:]
+	}
+	o.mu.Unlock()
+	freeSegments(done)
+}
+
+// fail breaks the connection: nothing is sent any more. What is queued is
+// dropped by the sender, which closing the transport wakes, and the receiving
+// side with it.
+func (o *outgoing) fail(err error) {
+	o.mu.Lock()
+	if o.err == nil {
+		o.err = err
+		close(o.broken)
+	}
+	o.mu.Unlock()
+	_ = o.t.close()
+}
+
+func freeSegments(segs []segment) {
+	for i := range segs {
+		if t := segs[i].task; t != nil {
+			t.free()
+		}
+	}
+}
+
+// flushed is closed when everything queued so far is sent, or dropped, and its
+// buffers are given back.
+func (o *outgoing) flushed() <-chan struct{} {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.sending {
+		return closed
+	}
+	if o.idle == nil {
+		o.idle = make(chan struct{})
+	}
+	return o.idle
+}
+
+// closed is for who need not wait.
+var closed = func() chan struct{} {
+	c := make(chan struct{})
+	close(c)
+	return c
+}()

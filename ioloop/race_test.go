@@ -1,0 +1,5 @@
+//go:build race
+
+package ioloop
+
+func init() { raceEnabled = true }

@@ -1,0 +1,407 @@
+package ioloop
+
+import (
+	"fmt"
+	"sync"
+	"time"
+	"unsafe"
+
+	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// task is a request away from the receiving goroutine: waiting for a worker,
+// with one, parked at the gate, or a reply waiting to be sent.
+type task struct {
+	conn     *conn
+	req      Request
+	plan     backend.Plan
+	buf      *buffer // payload of a write, data of a read, or nil
+	lease    lease   // of the budget, until the reply is sent
+	admitted bool    // holds an admission of the lane
+	began    time.Time
+	heads    []byte // reply headers
+	segs     []segment
+	status   []backend.Status
+
+	next         *task // scheduler.mu
+	older, newer *task // conn.mu
+}
+
+var tasks = sync.Pool{New: func() any { return new(task) }}
+
+// taskCost is what a task counts in the budget for itself, its headers and its
+// place in the queue of replies, in bytes.
+const taskCost = 1 << 10
+
+// newTask makes a task with a buffer for n bytes, or none if n is 0, waiting
+// for memory if it must; false if the connection ended meanwhile. The caller
+// holds no admission and no other task.
+func (c *conn) newTask(r *Request, n int64) (*task, bool) {
+	cost := int64(taskCost)
+	if n > 0 {
+		cost += bufferCost(classOf(n))
+	}
+	if r.Op == OpStatus {
+		cost += int64(c.codec.MaxStatus(r)) * (16 + int64(unsafe.Sizeof(backend.Status{})))
+	}
+	l, ok := c.lend(cost, n <= smallRequest)
+	if !ok {
+		return nil, false
+	}
+	t := tasks.Get().(*task)
+	t.conn, t.req, t.lease = c, *r, l
+	if n > 0 {
+		t.buf = c.e.buffers.get(n)
+	}
+	return t, true
+}
+
+// taskOf wraps a reply buffer, which is counted already.
+func taskOf(c *conn, b *buffer) *task {
+	t := tasks.Get().(*task)
+	t.conn, t.buf, t.lease = c, b, lease{b.cost(), floor}
+	return t
+}
+
+// dropBuffer gives the buffer back before the rest of the task.
+func (t *task) dropBuffer() {
+	if t.buf == nil {
+		return
+	}
+	l := lease{t.buf.cost(), t.lease.of}
+	t.conn.e.buffers.put(t.buf)
+	t.buf = nil
+	t.lease.n -= l.n
+	t.conn.discharge(l)
+}
+
+// free gives back what the task holds.
+func (t *task) free() {
+	c, l := t.conn, t.lease
+	if t.buf != nil {
+		c.e.buffers.put(t.buf)
+		t.buf = nil
+	}
+	t.recycle()
+	c.discharge(l)
+}
+
+// recycle forgets the task without giving anything back.
+func (t *task) recycle() {
+	clear(t.segs)
+	clear(t.plan.Extents)
+	*t = task{
+		plan:  backend.Plan{Extents: keep(t.plan.Extents)},
+		heads: keep(t.heads), segs: keep(t.segs), status: keep(t.status),
+	}
+	tasks.Put(t)
+}
+
+// keep empties s for the next use, or drops it if it has become large.
+func keep[E any](s []E) []E {
+	if cap(s) > 64*MaxHeader {
+		return nil
+	}
+	return s[:0]
+}
+
+// start hands t to a worker. It never waits.
+func (c *conn) start(t *task) {
+	t.began = time.Now()
+	c.tasks.Add(1)
+	c.mu.Lock()
+	t.older, t.newer = c.mu.last, nil
+	if c.mu.last == nil {
+		c.mu.first = t
+	} else {
+		c.mu.last.newer = t
+	}
+	c.mu.last = t
+	c.mu.Unlock()
+	c.disk.counts.inFlight.Add(1)
+	c.e.sched.submit(t)
+}
+
+// unlink takes t off the connection's list: its I/O has ended.
+func (t *task) unlink() {
+	c := t.conn
+	c.disk.counts.inFlight.Add(-1)
+	c.mu.Lock()
+	if t.older == nil {
+		c.mu.first = t.newer
+	} else {
+		t.older.newer = t.newer
+	}
+	if t.newer == nil {
+		c.mu.last = t.older
+	} else {
+		t.newer.older = t.older
+	}
+	t.older, t.newer = nil, nil
+	c.mu.Unlock()
+}
+
+// ended counts a task out, after its reply was queued: who waits for the tasks
+// to be done then waits for the replies.
+func (c *conn) ended() {
+	c.mu.Lock()
+	if c.tasks.Add(-1) == 0 && c.mu.idle != nil {
+		close(c.mu.idle)
+		c.mu.idle = nil
+	}
+	c.mu.Unlock()
+	c.signalRoom()
+}
+
+// forget drops a task unanswered.
+func (t *task) forget() {
+	c := t.conn
+	t.unlink()
+	t.free()
+	c.ended()
+}
+
+// oldest describes the oldest admitted task, for the log of a slow drain.
+func (c *conn) oldest() (string, time.Time) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	t := c.mu.first
+	if t == nil {
+		return "", time.Time{}
+	}
+	return fmt.Sprintf("%s of %d bytes at %d from %s", t.req.Op, t.req.Length, t.req.Offset, c.name), t.began
+}
+
+// park keeps t until the gate opens, if it still holds; otherwise the answer
+// is false. If the connection is dead it forgets t.
+func (t *task) park() bool {
+	c := t.conn
+	c.mu.Lock()
+	if c.mu.dead {
+		c.mu.Unlock()
+		t.forget()
+		return true
+	}
+	defer c.mu.Unlock()
+	// The gate may have opened since its verdict. If not, it will call reopen,
+	// which waits for mu: until then the task cannot end, nor the lane close.
+	switch c.lane.Enter(classOp(t.req.Op)) {
+	case state.Admitted:
+		t.admitted = true
+		return false
+	case state.Wait:
+		c.mu.parked = append(c.mu.parked, t)
+		return true
+	}
+	return false
+}
+
+// reopen gives parked tasks to workers, which ask the gate again.
+func (c *conn) reopen() {
+	c.mu.Lock()
+	parked := c.mu.parked
+	c.mu.parked = nil
+	c.mu.Unlock()
+	for _, t := range parked {
+		c.e.sched.submit(t)
+	}
+}
+
+// run executes the task on a worker.
+func (t *task) run() {
+	c := t.conn
+	if t.req.Op == OpRead {
+		t.conclude(t.fetch(false))
+		return
+	}
+	for !t.admitted {
+		switch c.lane.Enter(classOp(t.req.Op)) {
+		case state.Admitted:
+			t.admitted = true
+		case state.Wait:
+			if t.park() {
+				return
+			}
+		case state.Nothing:
+			t.conclude(nil)
+			return
+		default:
+			t.conclude(c.lane.Refusal())
+			return
+		}
+	}
+	err := t.perform()
+	if backend.SyncFailed(err) {
+		c.lane.Fault(err)
+	}
+	// Storage I/O has ended: from here on a transition need not wait for this
+	// request, even if its client never takes the reply.
+	c.lane.Leave()
+	t.admitted = false
+	t.conclude(err)
+}
+
+// perform does the storage work of an admitted task.
+func (t *task) perform() error {
+	r, img := &t.req, t.conn.disk.Image
+	if r.Op == OpFlush {
+		return img.Flush()
+	}
+	if err := checkRange(img, r); err != nil {
+		return err
+	}
+	durable := t.conn.durable(r)
+	var err error
+	switch r.Op {
+	case OpWrite:
+		return t.store(durable)
+	case OpDiscard:
+		err = img.Discard(r.Offset, r.Length)
+	case OpZero:
+		var f backend.ZeroFlags
+		if r.Flags&NoHole != 0 {
+			f |= backend.NoHole
+		}
+		if r.Flags&FastZero != 0 {
+			f |= backend.FastZero
+		}
+		err = img.Zero(r.Offset, r.Length, f)
+	case OpCache:
+		return img.Cache(r.Offset, r.Length)
+	case OpStatus:
+		limit := t.conn.codec.MaxStatus(r)
+		t.status, err = img.Status(t.status[:0], r.Offset, r.Length, limit)
+		return err
+	}
+	if err == nil && durable {
+		err = img.Flush()
+	}
+	return err
+}
+
+// store writes the payload.
+func (t *task) store(durable bool) error {
+	r, img := &t.req, t.conn.disk.Image
+	payload := t.buf.payload(r.Length)
+	if err := img.Prepare(&t.plan, r.Offset, payload, backend.MayBlock); err != nil {
+		return err
+	}
+	for i := range t.plan.Extents {
+		e := &t.plan.Extents[i]
+		if err := e.File.WriteAt(payload[:e.Length], e.Offset, durable); err != nil {
+			img.Abort(&t.plan)
+			return err
+		}
+		payload = payload[e.Length:]
+	}
+	return img.Commit(&t.plan)
+}
+
+// fetch reads the request's range into the buffer; with now it returns ErrWait
+// rather than wait. The plan's kinds stay for sendData; its pins are released.
+func (t *task) fetch(now bool) error {
+	r, img, lane := &t.req, t.conn.disk.Image, t.conn.lane
+	defer lane.LeaveRead(lane.EnterRead())
+	if lane.Stopping() {
+		return state.ErrStopping
+	}
+	if err := checkRange(img, r); err != nil {
+		return err
+	}
+	mode := backend.MayBlock
+	if now {
+		mode = 0
+	}
+	if r.Length >= findHolesAt && t.conn.codec.Chunked(r) {
+		mode |= backend.FindHoles
+	}
+	if err := img.Map(&t.plan, r.Offset, r.Length, mode); err != nil {
+		return err
+	}
+	err := fetch(img, &t.plan, t.buf.payload(r.Length), now)
+	img.Unmap(&t.plan)
+	return err
+}
+
+// conclude answers the request.
+func (t *task) conclude(err error) {
+	c, r := t.conn, &t.req
+	counts := &c.disk.counts
+	switch {
+	case err != nil:
+		var b batch
+		b.count(err)
+		b.addTo(counts)
+		t.sendHead(c.codec.AppendError(t.heads[:0], r, err))
+		return
+	case r.Op == OpRead:
+		counts.reads.Add(1)
+		counts.bytesRead.Add(uint64(r.Length))
+		t.unlink()
+		t.sendData()
+		c.ended()
+		return
+	case r.Op == OpWrite:
+		counts.writes.Add(1)
+		counts.bytesWritten.Add(uint64(r.Length))
+	case r.Op == OpFlush:
+		counts.flushes.Add(1)
+	default:
+		counts.other.Add(1)
+	}
+	if r.Op == OpStatus {
+		t.sendHead(c.codec.AppendStatus(t.heads[:0], r, t.status))
+		return
+	}
+	t.sendHead(c.codec.AppendDone(t.heads[:0], r))
+}
+
+// sendHead sends a reply without payload; the buffer is not needed any more.
+func (t *task) sendHead(head []byte) {
+	c := t.conn
+	t.heads = head
+	t.dropBuffer()
+	t.unlink()
+	c.out.enqueue(segment{head, t})
+	c.ended()
+}
+
+// sendData sends a read's reply: in one piece, or with its holes told apart.
+func (t *task) sendData() {
+	c, r := t.conn, &t.req
+	holes := false
+	if c.codec.Chunked(r) {
+		for i := range t.plan.Extents {
+			holes = holes || t.plan.Extents[i].Kind == backend.Zero
+		}
+	}
+	if !holes {
+		t.heads = c.codec.AppendData(t.heads[:0], r, 0, r.Length, true)
+		c.out.enqueue(segment{t.buf.framed(t.heads, r.Length), t})
+		return
+	}
+	need := MaxHeader * len(t.plan.Extents)
+	if cap(t.heads) < need {
+		t.heads = make([]byte, 0, need)
+	}
+	data := t.buf.payload(r.Length)
+	heads, segs := t.heads[:0], t.segs[:0]
+	var off int64
+	for i := range t.plan.Extents {
+		e := &t.plan.Extents[i]
+		last := i == len(t.plan.Extents)-1
+		from := len(heads)
+		if e.Kind == backend.Zero {
+			heads = c.codec.AppendHole(heads, r, off, e.Length, last)
+			segs = append(segs, segment{b: heads[from:]})
+		} else {
+			heads = c.codec.AppendData(heads, r, off, e.Length, last)
+			segs = append(segs, segment{b: heads[from:]}, segment{b: data[off : off+e.Length]})
+		}
+		off += e.Length
+	}
+	t.heads, t.segs = heads, segs
+	segs[len(segs)-1].task = t
+	c.out.enqueue(segs...)
+}

@@ -1,0 +1,199 @@
+package ioloop
+
+import (
+	"errors"
+	"io"
+	"net"
+	"runtime"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// errAgain: the socket takes or has nothing now.
+var errAgain = errors.New("would block")
+
+// maxSegments is how many pieces one send carries.
+const maxSegments = 64
+
+// transport is a connection's byte stream. recv is called by the receiving
+// goroutine only, the send methods by one goroutine at a time.
+type transport interface {
+	// recv reads at least one byte into p. With idle not nil it calls that
+	// once before it waits. If idle says that p was released, recv touches p
+	// no more and returns errAgain as soon as there is something to read: so
+	// that a connection at rest holds no buffer. idle must neither wait nor
+	// close the transport: close waits for the call it is in.
+	recv(p []byte, idle func() (released bool)) (int, error)
+	// trySend sends what the socket takes without waiting; errAgain if
+	// nothing.
+	trySend(segs [][]byte) (int, error)
+	// send sends at least one byte, waiting for the socket.
+	send(segs [][]byte) (int, error)
+	// close ends the calls under way, and waits for them.
+	close() error
+}
+
+func newTransport(nc net.Conn) transport {
+	if sc, ok := nc.(syscall.Conn); ok {
+		if rc, err := sc.SyscallConn(); err == nil {
+			return newSocket(nc, rc)
+		}
+	}
+	return &stream{nc: nc}
+}
+
+// socket works on the descriptor itself, which Go keeps in non-blocking mode
+// in its netpoller. The calls are raw: they never block, and telling the
+// scheduler about each would cost more than they do.
+type socket struct {
+	nc net.Conn
+	rc syscall.RawConn
+
+	// Arguments and results of the callbacks below, which are made once:
+	// a closure per call would allocate.
+	in struct {
+		p    []byte
+		n    int
+		err  error
+		idle func() (released bool)
+		fn   func(fd uintptr) bool
+	}
+	out struct {
+		msg  unix.Msghdr
+		iov  [maxSegments]unix.Iovec
+		wait bool
+		n    int
+		err  error
+		fn   func(fd uintptr) bool
+	}
+}
+
+func newSocket(nc net.Conn, rc syscall.RawConn) *socket {
+	s := &socket{nc: nc, rc: rc}
+	s.in.fn, s.out.fn = s.recvOnce, s.sendOnce
+	return s
+}
+
+func (s *socket) recv(p []byte, idle func() (released bool)) (int, error) {
+	s.in.p, s.in.n, s.in.err, s.in.idle = p, 0, nil, idle
+	err := s.rc.Read(s.in.fn)
+	s.in.p, s.in.idle = nil, nil
+	if err != nil {
+		return 0, err
+	}
+	return s.in.n, s.in.err
+}
+
+func (s *socket) recvOnce(fd uintptr) bool {
+	if s.in.p == nil { // woken after it was released: there is something to read
+		s.in.err = errAgain
+		return true
+	}
+	for {
+		n, _, errno := syscall.RawSyscall6(unix.SYS_RECVFROM, fd,
+			uintptr(unsafe.Pointer(unsafe.SliceData(s.in.p))), uintptr(len(s.in.p)), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			s.in.n = int(n)
+			if n == 0 {
+				s.in.err = io.EOF
+			}
+			return true
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			if s.in.idle != nil {
+				if s.in.idle() {
+					s.in.p = nil
+				}
+				s.in.idle = nil
+			}
+			return false // the netpoller wakes us
+		default:
+			s.in.err = errno
+			return true
+		}
+	}
+}
+
+func (s *socket) trySend(segs [][]byte) (int, error) { return s.transmit(segs, false) }
+func (s *socket) send(segs [][]byte) (int, error)    { return s.transmit(segs, true) }
+
+func (s *socket) transmit(segs [][]byte, wait bool) (int, error) {
+	o := &s.out
+	n := min(len(segs), maxSegments)
+	for i, seg := range segs[:n] {
+		o.iov[i].Base = unsafe.SliceData(seg)
+		o.iov[i].SetLen(len(seg))
+	}
+	o.msg.Iov = &o.iov[0]
+	o.msg.SetIovlen(n)
+	o.wait, o.n, o.err = wait, 0, nil
+	err := s.rc.Write(o.fn)
+	runtime.KeepAlive(segs)
+	clear(o.iov[:n]) // hold on to no buffer
+	if err != nil {
+		return 0, err
+	}
+	return o.n, o.err
+}
+
+func (s *socket) sendOnce(fd uintptr) bool {
+	o := &s.out
+	for {
+		n, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, fd,
+			uintptr(unsafe.Pointer(&o.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		switch errno {
+		case 0:
+			o.n = int(n)
+			return true
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			if o.wait {
+				return false
+			}
+			o.err = errAgain
+			return true
+		default:
+			o.err = errno
+			return true
+		}
+	}
+}
+
+func (s *socket) close() error { return s.nc.Close() }
+
+// stream serves any net.Conn that is no plain socket (TLS, pipes of tests).
+type stream struct {
+	nc    net.Conn
+	ahead []byte // received while there was no buffer; part of first
+	first [1]byte
+}
+
+// recv cannot know whether it will wait, so it always calls idle.
+func (s *stream) recv(p []byte, idle func() (released bool)) (int, error) {
+	if len(s.ahead) > 0 {
+		n := copy(p, s.ahead)
+		s.ahead = s.ahead[n:]
+		return n, nil
+	}
+	if idle == nil || !idle() {
+		return s.nc.Read(p)
+	}
+	n, err := s.nc.Read(s.first[:])
+	s.ahead = s.first[:n]
+	if n > 0 {
+		return 0, errAgain
+	}
+	return 0, err
+}
+
+// trySend cannot know what would block, so everything goes to the writer.
+func (s *stream) trySend([][]byte) (int, error) { return 0, errAgain }
+
+func (s *stream) send(segs [][]byte) (int, error) { return s.nc.Write(segs[0]) }
+
+func (s *stream) close() error { return s.nc.Close() }
