@@ -1,0 +1,225 @@
+package control
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// greetingTimeout is how long a server may take to greet a client: one that
+// serves a single client at a time lets the others wait for ever.
+const greetingTimeout = 5 * time.Second
+
+// Client orders on a control socket: ours, or the QMP monitor of QEMU's
+// daemons. Its methods may be called concurrently; commands run one after
+// the other.
+type Client struct {
+	peer string // for messages
+
+	mu     sync.Mutex
+	nc     net.Conn
+	in     *json.Decoder
+	nextID uint64
+	broken error // the stream is out of step
+}
+
+// Dial connects to the control socket at path, which may begin with "unix:".
+func Dial(ctx context.Context, path string) (*Client, error) {
+	path = strings.TrimPrefix(path, "unix:")
+	nc, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	if err != nil {
+		reason, advice := err, fmt.Sprintf(`is "nbd-export serve --control %s" running?`, path)
+		if op, ok := errors.AsType[*net.OpError](err); ok {
+			reason = op.Err
+			if sys, ok := errors.AsType[syscall.Errno](err); ok {
+				reason = sys
+			}
+		}
+		switch {
+		case errors.Is(err, fs.ErrPermission):
+			advice = "the socket is for its owner only; use the user that runs the server, or root"
+		case errors.Is(err, syscall.EINVAL):
+			advice = "the path of a socket has at most 107 bytes"
+		}
+		return nil, fmt.Errorf("no server answers at %s: %w; %s", path, reason, advice)
+	}
+	return NewClient(ctx, nc, path)
+}
+
+// NewClient makes a client of an open connection, which it closes on failure.
+// peer is what messages call the other side.
+func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
+	c := &Client{peer: peer, nc: nc, in: json.NewDecoder(nc)}
+	ctx, cancel := context.WithTimeout(ctx, greetingTimeout)
+	defer cancel()
+	var hello struct{ QMP *json.RawMessage }
+	err := c.during(ctx, func() error { return c.in.Decode(&hello) })
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		err = fmt.Errorf("%s accepts connections but does not greet; is another client using it, or is it no control socket?", peer)
+	case err == nil && hello.QMP == nil:
+		err = fmt.Errorf("%s is no control socket: it does not speak QMP", peer)
+	case err != nil && ctx.Err() == nil:
+		err = fmt.Errorf("%s is no control socket: no QMP greeting: %w", peer, err)
+	}
+	if err == nil {
+		err = c.Execute(ctx, negotiate, nil, nil)
+	}
+	if err != nil {
+		_ = nc.Close()
+		return nil, err
+	}
+	return c, nil
+}
+
+// Close ends the connection.
+func (c *Client) Close() error { return c.nc.Close() }
+
+// Execute runs a command and decodes what it returns into result; args and
+// result may be nil. An answer that is an error is an *Error; after any other
+// error it is not known whether the command was carried out, and the client
+// is of no more use.
+func (c *Client) Execute(ctx context.Context, command string, args, result any) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.broken != nil {
+		return c.broken
+	}
+	c.nextID++
+	request := struct {
+		Execute   string `json:"execute"`
+		Arguments any    `json:"arguments,omitempty"`
+		ID        uint64 `json:"id"`
+	}{command, args, c.nextID}
+	line, err := json.Marshal(request)
+	if err != nil {
+		return fmt.Errorf("command %s: %w", command, err)
+	}
+	var reply struct {
+		ID     *uint64
+		Event  string
+		Return json.RawMessage
+		Error  *Error
+	}
+	err = c.during(ctx, func() error {
+		if _, err := c.nc.Write(append(line, '\n')); err != nil {
+			return err
+		}
+		for {
+			reply.ID, reply.Event, reply.Return, reply.Error = nil, "", nil, nil
+			if err := c.in.Decode(&reply); err != nil {
+				return err
+			}
+			if reply.ID != nil && *reply.ID == request.ID {
+				return nil
+			}
+			// Events go unheard. An error without id is about a request that
+			// was not understood, which can only be this one.
+			if reply.ID == nil && reply.Error != nil {
+				return nil
+			}
+		}
+	})
+	if err != nil {
+		if errors.Is(err, io.EOF) {
+			err = errors.New("it closed the connection before it answered")
+		}
+		c.broken = fmt.Errorf("%s: command %s: %w", c.peer, command, err)
+		return c.broken
+	}
+	if reply.Error != nil {
+		return reply.Error
+	}
+	if result == nil {
+		return nil
+	}
+	if err := json.Unmarshal(reply.Return, result); err != nil {
+		return fmt.Errorf("%s: answer to %s: %w", c.peer, command, err)
+	}
+	return nil
+}
+
+// during runs f, whose I/O fails when ctx ends.
+func (c *Client) during(ctx context.Context, f func() error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	stop := context.AfterFunc(ctx, func() { _ = c.nc.SetDeadline(time.Unix(1, 0)) })
+	err := f()
+	if !stop() && err != nil {
+		return ctx.Err()
+	}
+	return err
+}
+
+// setActive are the arguments of blockdev-set-active.
+type setActive struct {
+	Node        string   `json:"node-name,omitempty"`
+	Nodes       []string `json:"x-node-names,omitempty"`
+	Active      bool     `json:"active"`
+	IfUnchanged bool     `json:"x-if-unchanged,omitempty"`
+	Abandon     bool     `json:"x-abandon,omitempty"`
+}
+
+func (c *Client) setActive(ctx context.Context, a setActive, nodes []string) error {
+	// QEMU knows one node or all; several as one group are our extension.
+	if len(nodes) == 1 {
+		a.Node = nodes[0]
+	} else {
+		a.Nodes = nodes
+	}
+	return c.Execute(ctx, "blockdev-set-active", a, nil)
+}
+
+// SetActive activates or inactivates the images with these nodes, or all if
+// none is named. It returns when that is done, or has failed.
+func (c *Client) SetActive(ctx context.Context, active bool, nodes ...string) error {
+	return c.setActive(ctx, setActive{Active: active}, nodes)
+}
+
+// Activate is SetActive with options.
+func (c *Client) Activate(ctx context.Context, opt state.ActivateOptions, nodes ...string) error {
+	return c.setActive(ctx, setActive{Active: true, IfUnchanged: opt.IfUnchanged}, nodes)
+}
+
+// Inactivate is SetActive with options.
+func (c *Client) Inactivate(ctx context.Context, opt InactivateOptions, nodes ...string) error {
+	return c.setActive(ctx, setActive{Abandon: opt.Abandon}, nodes)
+}
+
+// Cancel stops an inactivation that has not closed the gate yet, on another
+// connection than the one that ordered it. It returns the nodes concerned.
+func (c *Client) Cancel(ctx context.Context, nodes ...string) ([]string, error) {
+	a := struct {
+		Nodes []string `json:"x-node-names,omitempty"`
+	}{nodes}
+	var r struct{ Cancelled []string }
+	err := c.Execute(ctx, "x-cancel", a, &r)
+	return r.Cancelled, err
+}
+
+// Status asks for the state of everything the server serves.
+func (c *Client) Status(ctx context.Context) (Status, error) {
+	var s Status
+	err := c.Execute(ctx, "x-query-status", nil, &s)
+	return s, err
+}
+
+// Quit asks the server to stop in order, and does not wait until it has.
+func (c *Client) Quit(ctx context.Context) error {
+	err := c.Execute(ctx, "quit", nil, nil)
+	if _, refused := errors.AsType[*Error](err); err != nil && !refused && ctx.Err() == nil {
+		return nil // it may be gone before it has answered
+	}
+	return err
+}

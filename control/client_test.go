@@ -1,0 +1,140 @@
+package control
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+func TestDialFails(t *testing.T) {
+	ctx := context.Background()
+	dir := t.TempDir()
+	dead := filepath.Join(dir, "dead")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: dead, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	_ = l.Close()
+	file := filepath.Join(dir, "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	none := filepath.Join(dir, "none")
+	for path, want := range map[string]string{
+		none:                           "no server answers at " + none + `: no such file or directory; is "nbd-export serve --control ` + none + `" running?`,
+		"unix:" + dead:                 "no server answers at " + dead + ": connection refused; is ",
+		file:                           "no server answers at " + file + ": connection refused; is ",
+		"/" + strings.Repeat("x", 200): "invalid argument; the path of a socket has at most 107 bytes",
+	} {
+		if _, err := Dial(ctx, path); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v, want %s", path, err, want)
+		}
+	}
+	if _, err := Dial(ctx, none); !errors.Is(err, fs.ErrNotExist) {
+		t.Error("the cause is lost")
+	}
+}
+
+// speak is a server that says text and hears the rest.
+func speak(t *testing.T, text string) (client net.Conn) {
+	t.Helper()
+	ours, theirs := pair(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_, _ = io.WriteString(theirs, text)
+		_, _ = io.Copy(io.Discard, theirs)
+	}()
+	t.Cleanup(func() { _ = ours.Close(); <-done; _ = theirs.Close() })
+	return ours
+}
+
+func TestStrangers(t *testing.T) {
+	for text, want := range map[string]string{
+		"NBDMAGICIHAVEOPT":           "x is no control socket: no QMP greeting: invalid character 'N'",
+		`{"hello":1}`:                "x is no control socket: it does not speak QMP",
+		hello + `{"return":[]} xyz `: "x: command qmp_capabilities: invalid character 'x'",
+	} {
+		if _, err := NewClient(context.Background(), speak(t, text), "x"); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: got %v, want %s", text, err, want)
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	if _, err := NewClient(ctx, speak(t, ""), "x"); !errors.Is(err, context.Canceled) {
+		t.Errorf("silence: %v", err)
+	}
+}
+
+// The client passes over events and late answers, and tells a server that is
+// gone from one that refuses.
+func TestExecute(t *testing.T) {
+	ours, theirs := pair(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		defer func() { _ = theirs.Close() }()
+		in := bufio.NewScanner(theirs)
+		say := func(s string) { _, _ = io.WriteString(theirs, s+"\r\n") }
+		say(hello)
+		for i, reply := range []string{
+			`{"return":{},"id":1}`,
+			`{"timestamp":{"seconds":1,"microseconds":2},"event":"X"} {"return":7,"id":77} {"return":{"a":5},"id":2}`,
+			`{"error":{"class":"DeviceNotFound","desc":"no"},"id":3}`,
+			`{"error":{"class":"GenericError","desc":"what?"}}`,
+		} {
+			if !in.Scan() {
+				t.Errorf("no request %d", i)
+			}
+			say(reply)
+		}
+		in.Scan()
+	}()
+	ctx := context.Background()
+	c, err := NewClient(ctx, ours, "peer")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v struct{ A int }
+	if err := c.Execute(ctx, "x", nil, &v); err != nil || v.A != 5 {
+		t.Errorf("got %+v, %v", v, err)
+	}
+	var refused *Error
+	if err := c.Execute(ctx, "x", nil, nil); !errors.As(err, &refused) || refused.Class != DeviceNotFound || refused.Desc != "no" {
+		t.Errorf("got %v", err)
+	}
+	if err := c.Execute(ctx, "x", nil, nil); err == nil || err.Error() != "what?" {
+		t.Errorf("got %v", err)
+	}
+	want := "peer: command x: it closed the connection before it answered"
+	if err := c.Execute(ctx, "x", nil, nil); err == nil || err.Error() != want {
+		t.Errorf("got %v", err)
+	}
+	if err := c.Execute(ctx, "y", nil, nil); err == nil || err.Error() != want {
+		t.Errorf("afterwards: %v", err)
+	}
+	if err := c.Execute(ctx, "y", make(chan int), nil); err == nil {
+		t.Error("a channel was sent")
+	}
+	<-done
+	_ = c.Close()
+}
+
+func TestSocketIsPrivate(t *testing.T) {
+	path := newBed(t, 0).listen(t, Config{})
+	st, err := os.Lstat(path)
+	if err != nil || st.Mode() != fs.ModeSocket|0o600 {
+		t.Errorf("mode %v, %v", st.Mode(), err)
+	}
+	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another server is listening there") {
+		t.Errorf("second server: %v", err)
+	}
+}

@@ -1,0 +1,230 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"go.uber.org/zap"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// command is a row of the table of commands.
+type command struct {
+	name   string
+	params []param
+	// run executes the command; its arguments have been checked. A nil result
+	// is answered with {}. What it returns must be encodable as JSON.
+	run func(s *session, a args) (any, error)
+	// last: after the answer nothing more is read from any client.
+	last bool
+}
+
+// negotiate is the only command of a client that has not used it yet.
+const negotiate = "qmp_capabilities"
+
+// commands is the table, in the order of query-commands. It is set by init
+// because query-commands refers to it.
+var commands []command
+
+func init() {
+	node := param{name: "node-name", kind: text}
+	nodes := param{name: "x-node-names", kind: texts}
+	commands = []command{
+		{name: negotiate, params: []param{{name: "enable", kind: texts, values: []string{"oob"}}}, run: (*session).negotiate},
+		{name: "query-version", run: (*session).queryVersion},
+		{name: "query-commands", run: (*session).queryCommands},
+		{name: "query-block-exports", run: (*session).queryBlockExports},
+		{name: "query-named-block-nodes", params: []param{{name: "flat", kind: boolean}}, run: (*session).queryNodes},
+		{
+			name: "blockdev-set-active",
+			params: []param{
+				node,
+				{name: "active", kind: boolean, required: true},
+				{name: "x-if-unchanged", kind: boolean},
+				{name: "x-abandon", kind: boolean},
+				nodes,
+			},
+			run: (*session).setActive,
+		},
+		{name: "quit", run: (*session).quit, last: true},
+		{name: "x-query-status", run: (*session).queryStatus},
+		{name: "x-cancel", params: []param{node, nodes}, run: (*session).cancel},
+	}
+}
+
+func findCommand(name string) *command {
+	i := slices.IndexFunc(commands, func(c command) bool { return c.name == name })
+	if i < 0 {
+		return nil
+	}
+	return &commands[i]
+}
+
+func (s *session) negotiate(a args) (any, error) {
+	if enable := arg[[]string](a, "enable"); len(enable) > 0 {
+		return nil, generic("Capability %s not available", enable[0])
+	}
+	s.negotiated = true
+	return nil, nil
+}
+
+// version is the version of QEMU whose commands we have; scripts compare it.
+type version struct {
+	QEMU struct {
+		Micro int `json:"micro"`
+		Minor int `json:"minor"`
+		Major int `json:"major"`
+	} `json:"qemu"`
+	Package string `json:"package"`
+}
+
+func (s *session) version() version {
+	v := version{Package: "nbd-export " + s.server.cfg.Version}
+	v.QEMU.Major = 10
+	return v
+}
+
+func (s *session) queryVersion(args) (any, error) { return s.version(), nil }
+
+func (s *session) queryCommands(args) (any, error) {
+	type row struct {
+		Name string `json:"name"`
+	}
+	rows := make([]row, len(commands))
+	for i, c := range commands {
+		rows[i].Name = c.name
+	}
+	return rows, nil
+}
+
+func (s *session) queryBlockExports(args) (any, error) {
+	type blockExport struct {
+		NodeName     string `json:"node-name"`
+		ShuttingDown bool   `json:"shutting-down"`
+		Type         string `json:"type"`
+		ID           string `json:"id"`
+	}
+	list := []blockExport{}
+	for _, t := range s.server.cfg.Registry.Targets() {
+		list = append(list, blockExport{
+			NodeName: t.Node, Type: "nbd", ID: t.Export.ID,
+			ShuttingDown: t.Machine.Status().State == state.Closed,
+		})
+	}
+	return list, nil
+}
+
+// blockDevice is QEMU's BlockDeviceInfo.
+type blockDevice struct {
+	NodeName       string     `json:"node-name"`
+	File           string     `json:"file"`
+	RO             bool       `json:"ro"`
+	Drv            string     `json:"drv"`
+	BackingDepth   int        `json:"backing_file_depth"`
+	Active         bool       `json:"active"`
+	Encrypted      bool       `json:"encrypted"`
+	DetectZeroes   string     `json:"detect_zeroes"`
+	Bps            int        `json:"bps"`
+	BpsRd          int        `json:"bps_rd"`
+	BpsWr          int        `json:"bps_wr"`
+	Iops           int        `json:"iops"`
+	IopsRd         int        `json:"iops_rd"`
+	IopsWr         int        `json:"iops_wr"`
+	Image          imageInfo  `json:"image"`
+	Cache          blockCache `json:"cache"`
+	WriteThreshold int        `json:"write_threshold"`
+}
+
+type blockCache struct {
+	Writeback bool `json:"writeback"`
+	Direct    bool `json:"direct"`
+	NoFlush   bool `json:"no-flush"`
+}
+
+// imageInfo is QEMU's ImageInfo.
+type imageInfo struct {
+	Filename    string `json:"filename"`
+	Format      string `json:"format"`
+	VirtualSize int64  `json:"virtual-size"`
+	DirtyFlag   bool   `json:"dirty-flag"`
+}
+
+func (s *session) queryNodes(args) (any, error) {
+	list := []blockDevice{}
+	for _, t := range s.server.cfg.Registry.Targets() {
+		info := t.Image.Info()
+		node := blockDevice{
+			NodeName: t.Node, File: info.Path, Drv: info.Format,
+			RO:     info.ReadOnly || !t.Export.Writable,
+			Active: t.Machine.Status().State.Owns(), DetectZeroes: "off",
+			Image: imageInfo{Filename: info.Path, Format: info.Format, VirtualSize: t.Image.Size()},
+			Cache: blockCache{Writeback: !info.WriteThrough, Direct: t.Direct},
+		}
+		file := node
+		file.NodeName += fileSuffix
+		file.Drv = "file"
+		if t.Device {
+			file.Drv = "host_device"
+		}
+		file.Image.Format = file.Drv
+		list = append(list, node, file)
+	}
+	return list, nil
+}
+
+// nodes are the nodes a command names, none for all.
+func nodes(a args) []string {
+	list := slices.Clone(arg[[]string](a, "x-node-names"))
+	if name, ok := a["node-name"].(string); ok {
+		list = append(list, name)
+	}
+	return list
+}
+
+func (s *session) setActive(a args) (any, error) {
+	active, unchanged, abandon := arg[bool](a, "active"), arg[bool](a, "x-if-unchanged"), arg[bool](a, "x-abandon")
+	list := nodes(a)
+	switch {
+	case unchanged && !active:
+		return nil, generic("Parameter 'x-if-unchanged' needs 'active' true")
+	case abandon && active:
+		return nil, generic("Parameter 'x-abandon' needs 'active' false")
+	case a["x-node-names"] != nil && len(list) == 0:
+		return nil, generic("Parameter 'x-node-names' names no node; leave it out to mean all")
+	}
+	s.server.cfg.Log.Debug("a control client orders ownership",
+		zap.Bool("active", active), zap.Strings("nodes", list), zap.Bool("abandon", abandon))
+	// An order is carried out to its end even if the client leaves: an end in
+	// the middle would be a surprise to whoever asks next.
+	ctx, r := context.Background(), s.server.cfg.Registry
+	if active {
+		return nil, r.Activate(ctx, state.ActivateOptions{IfUnchanged: unchanged}, list...)
+	}
+	err := r.Inactivate(ctx, InactivateOptions{Abandon: abandon}, list...)
+	if err == nil {
+		return nil, nil
+	}
+	if e, ok := errors.AsType[*Error](err); ok { // the request is wrong, nothing was done
+		return nil, e
+	}
+	if len(list) == 0 {
+		return nil, generic("Failed to inactivate all nodes: %v", err)
+	}
+	return nil, generic("Failed to inactivate node: %v", err)
+}
+
+func (s *session) quit(args) (any, error) { return nil, nil }
+
+func (s *session) queryStatus(args) (any, error) { return s.server.status(), nil }
+
+func (s *session) cancel(a args) (any, error) {
+	cancelled, err := s.server.cfg.Registry.Cancel(nodes(a)...)
+	if err != nil {
+		return nil, err
+	}
+	return struct {
+		Cancelled []string `json:"cancelled"`
+	}{cancelled}, nil
+}

@@ -1,0 +1,33 @@
+// Package control takes orders: from Unix signals and from the control
+// socket, which speaks QMP, the protocol QEMU's daemons are driven with. It
+// holds the registry of the images a process serves, carries out what is
+// ordered on one of them or on all, stops the process in order, and has the
+// client for the socket.
+//
+// # The control socket
+//
+// Framing and errors are those of QEMU 10: a greeting, capabilities
+// negotiation with qmp_capabilities, then requests {"execute", "arguments",
+// "id"} in any whitespace, each answered by one line that ends in CRLF and
+// has ASCII only. The commands blockdev-set-active, query-block-exports,
+// query-named-block-nodes, query-commands, query-version and quit have QEMU's
+// names, arguments, results and error texts. Unlike QEMU's, the socket serves
+// any number of clients at once. Each client's commands run in order, on a
+// goroutine of its own, and queries wait for no transition, so a second
+// client always gets an answer.
+//
+// Every image has two node names: the format node, image0, image1 and so on,
+// and the file node under it, image0-file. Ownership belongs to the image, so
+// both have the same state; inactivating the file node alone is refused while
+// the format node above it is active, as in QEMU.
+//
+// Extensions are named x-...:
+//
+//   - blockdev-set-active takes x-if-unchanged (with active true: refuse if
+//     the image was modified since this process gave it away), x-abandon
+//     (with active false: give up failed images too, although writes may be
+//     lost) and x-node-names (several images as one group, all or none).
+//   - x-query-status returns all that "nbd-export status" shows.
+//   - x-cancel stops an inactivation, of one image or of all, as long as
+//     writes are still served; the image stays active.
+package control

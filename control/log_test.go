@@ -1,0 +1,65 @@
+package control
+
+import (
+	"bytes"
+	"errors"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+func TestConsole(t *testing.T) {
+	var b bytes.Buffer
+	log, err := NewLogger(zapcore.AddSync(&b), "info", "console")
+	if err != nil {
+		t.Fatal(err)
+	}
+	opt := Observe(state.Options{}, log)
+	opt.Observe(state.Transition{
+		Image: "/srv/my disk", Event: state.Published, From: state.Activating, To: state.Active, Epoch: 3, Duration: 1234567,
+	})
+	opt.Observe(state.Transition{
+		Image: "/srv/d", Event: state.InactivateFailed, From: state.Inactivating, To: state.Active, Epoch: 3,
+		Duration: 12345678901, Err: errors.New("no \"space\"\nleft"),
+	})
+	opt.Observe(state.Transition{Image: "/srv/d", Event: state.Released, From: state.Inactivating, To: state.Inactive, Err: errors.New("x")})
+	opt.Observe(state.Transition{Image: "/srv/d", Event: state.OrderStop, From: state.Inactive, To: state.Closed, Duration: 12345})
+	opt.SlowDrain("/srv/d", "WRITE of 4096 at 0", 5001*time.Millisecond)
+	log.Debug("not shown")
+	log.Named("n").With(zap.String("b", "2"), zap.Int("a", 1)).Error("e", zap.Bool("c", true))
+	want := `T info  image is active  image="/srv/my disk" from=activating to=active epoch=3 duration=1.23ms
+T error inactivation failed, the image stays active  image=/srv/d from=inactivating to=active epoch=3 duration=12.35s error="no \"space\"\nleft"
+T warn  image is inactive, but letting it go failed  image=/srv/d from=inactivating to=inactive epoch=0 duration=0s error=x
+T info  image is closed  image=/srv/d from=inactive to=closed epoch=0 duration=12µs
+T warn  a transition waits for requests that storage has not finished  image=/srv/d oldest="WRITE of 4096 at 0" age=5s
+T error n: e  c=true a=1 b=2
+`
+	got := regexp.MustCompile(`(?m)^\d\d:\d\d:\d\d\.\d\d\d `).ReplaceAllString(b.String(), "T ")
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
+func TestJSONLog(t *testing.T) {
+	var b bytes.Buffer
+	log, err := NewLogger(zapcore.AddSync(&b), "warn", "json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.Info("not shown")
+	log.Warn("shown", zap.Duration("duration", 1500*time.Millisecond))
+	if got := b.String(); !strings.HasPrefix(got, `{"level":"warn","time":"`) || !strings.HasSuffix(got, `","msg":"shown","duration":1.5}`+"\n") {
+		t.Errorf("got %s", got)
+	}
+	for _, bad := range [][2]string{{"loud", "json"}, {"", "json"}, {"info", "xml"}} {
+		if _, err := NewLogger(zapcore.AddSync(&b), bad[0], bad[1]); err == nil {
+			t.Errorf("%q is accepted", bad)
+		}
+	}
+}

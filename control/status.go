@@ -1,0 +1,91 @@
+package control
+
+import (
+	"time"
+
+	"github.com/nbd-export/nbd-export/ioloop"
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// Status is the answer to x-query-status and what "status --json" prints, one
+// per control socket. Times are RFC 3339, durations are seconds, sizes bytes.
+type Status struct {
+	Version  string        `json:"version"`
+	PID      int           `json:"pid"`
+	Since    time.Time     `json:"since"` // when the process started
+	Stopping bool          `json:"stopping"`
+	Images   []ImageStatus `json:"images"`
+}
+
+// ImageStatus is one image of a Status.
+type ImageStatus struct {
+	Node     string `json:"node-name"`
+	Image    string `json:"image"` // path, as given
+	Format   string `json:"format"`
+	Size     int64  `json:"size"`
+	ReadOnly bool   `json:"read-only"`
+	Export   Export `json:"export"`
+
+	State State     `json:"state"`
+	Epoch uint64    `json:"epoch"` // activations so far
+	Since time.Time `json:"since"` // when the state was reached
+	// Step and StepSeconds are set while a transition is under way.
+	Step        string  `json:"step,omitempty"`
+	StepSeconds float64 `json:"step-seconds,omitempty"`
+	// Cause is why the image failed, LastError why the last order did.
+	Cause     string `json:"cause,omitempty"`
+	LastError string `json:"last-error,omitempty"`
+
+	Locks Locks `json:"locks"`
+	ioloop.Stats
+}
+
+// Locks says how the image is protected.
+type Locks struct {
+	// Held lists the locked bytes, as in "100,101,103,201,203", or is "none".
+	Held string `json:"held"`
+	// Scope is whom the locks keep away: "cluster" everybody who can open the
+	// file, "host-local" programs on this host, "off" nobody.
+	Scope string `json:"scope"`
+}
+
+// State is the name of a state.State; the names are those of its String.
+type State string
+
+// Active reports whether the server owns the image and serves writes, now or
+// until it has handed over.
+func (s State) Active() bool {
+	return s == State(state.Active.String()) || s == State(state.Inactivating.String())
+}
+
+// Inactive reports whether the server holds nothing of the image.
+func (s State) Inactive() bool { return s == State(state.Inactive.String()) }
+
+// Status never waits.
+func (t *Target) Status() ImageStatus {
+	m, info := t.Machine.Status(), t.Image.Info()
+	s := ImageStatus{
+		Node: t.Node, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
+		ReadOnly: info.ReadOnly || !t.Export.Writable, Export: t.Export,
+		State: State(m.State.String()), Epoch: m.Epoch, Since: m.Since, Step: string(m.Step),
+		Cause: errorText(m.Cause), LastError: errorText(m.LastError),
+		Locks: Locks{Held: "unknown", Scope: "unknown"},
+	}
+	if m.Step != "" {
+		s.StepSeconds = time.Since(m.StepSince).Seconds()
+	}
+	if t.Locks != nil {
+		s.Locks = t.Locks()
+	}
+	if t.Stats != nil {
+		s.Stats = t.Stats()
+	}
+	return s
+}
+
+func errorText(err error) string {
+	if err == nil {
+		return ""
+	}
+	return err.Error()
+}
