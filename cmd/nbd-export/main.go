@@ -1,0 +1,143 @@
+// Command nbd-export serves disk images over NBD, and every image has an
+// owner: ownership is handed from one exporter to another while clients stay
+// connected. Each verb has a file; this one has what they share.
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/nbd-export/nbd-export/control"
+)
+
+// version is set when a release is built: -ldflags "-X main.version=1.2.3".
+var version = "0.1.0-dev"
+
+// usageError is a wrong use of the command line: exit status 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+func main() {
+	// Signals are orders to a server from its first moment. Other verbs keep
+	// what a terminal's user expects.
+	var signals *control.Signals
+	if len(os.Args) > 1 && os.Args[1] == "serve" {
+		signals = control.CatchSignals()
+	}
+	os.Exit(run(newRootCommand(signals), os.Args[1:]))
+}
+
+// run executes the command line and returns the exit status: 0 fine, 1 failed,
+// 2 wrong usage.
+func run(root *cobra.Command, args []string) int {
+	ran := false
+	root.PersistentPreRun = func(*cobra.Command, []string) { ran = true }
+	root.SetArgs(args)
+	cmd, err := root.ExecuteC()
+	if err == nil {
+		return 0
+	}
+	text := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+	// What fails before a verb runs is its flags or arguments.
+	_, usage := errors.AsType[usageError](err)
+	if usage || !ran {
+		_, _ = fmt.Fprintf(root.ErrOrStderr(), "nbd-export: %s; see %s --help\n", text, cmd.CommandPath())
+		return 2
+	}
+	_, _ = fmt.Fprintf(root.ErrOrStderr(), "nbd-export: %s\n", text)
+	return 1
+}
+
+// newRootCommand assembles the verbs. signals is nil unless the verb is serve.
+func newRootCommand(signals *control.Signals) *cobra.Command {
+	root := &cobra.Command{
+		Use:   "nbd-export",
+		Short: "Serve disk images over NBD, with an owner for every image",
+		Long: `nbd-export serves disk images over NBD. Any number of exporters may serve one
+image, of which at most one owns it: it holds the locks and takes writes, the
+others serve reads and refuse writes. Ownership is handed over while clients
+stay connected, by a signal or over the control socket.`,
+		Example: `  nbd-export serve -k /run/nbd.sock --control /run/nbd.ctl disk.img
+  nbd-export status --control /run/nbd.ctl`,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return errors.New("no verb given")
+			}
+			text := fmt.Sprintf("there is no verb %q", args[0])
+			if like := cmd.SuggestionsFor(args[0]); len(like) > 0 {
+				text += "; did you mean " + strings.Join(like, " or ") + "?"
+			}
+			return errors.New(text)
+		},
+		RunE: func(*cobra.Command, []string) error { return nil }, // Args refuses all
+	}
+	root.SuggestionsMinimumDistance = 2
+	root.AddCommand(
+		newServeCommand(signals),
+		newActivateCommand(),
+		newInactivateCommand(),
+		newStatusCommand(),
+		newBenchCommand(),
+		newDemoCommand(),
+		newVersionCommand(),
+		newManCommand(),
+	)
+	return root
+}
+
+// oneArg accepts exactly one argument, called what.
+func oneArg(what string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) == 0 || args[0] == "":
+			return fmt.Errorf("%s needs one argument, %s", cmd.Name(), what)
+		case len(args) > 1:
+			return fmt.Errorf("%s takes one argument, %s, but got %q too", cmd.Name(), what, args[1])
+		}
+		return nil
+	}
+}
+
+// noArgs accepts no arguments.
+func noArgs(cmd *cobra.Command, args []string) error {
+	if len(args) > 0 {
+		return fmt.Errorf("%s takes no argument, but got %q", cmd.Name(), args[0])
+	}
+	return nil
+}
+
+// choice is a flag that takes one of a few words.
+type choice struct {
+	value string
+	words []string
+}
+
+// choose makes a choice; the first word is the default.
+func choose(words ...string) *choice { return &choice{words[0], words} }
+
+func (c *choice) String() string { return c.value }
+func (c *choice) Type() string   { return "mode" }
+
+// Set implements pflag.Value.
+func (c *choice) Set(s string) error {
+	for _, w := range c.words {
+		if s == w {
+			c.value = s
+			return nil
+		}
+	}
+	return fmt.Errorf("must be one of %s", strings.Join(c.words, ", "))
+}
+
+// addTo defines the flag and completes it in the shell.
+func (c *choice) addTo(cmd *cobra.Command, name, short, usage string) {
+	cmd.Flags().VarP(c, name, short, usage+": "+strings.Join(c.words, ", "))
+	_ = cmd.RegisterFlagCompletionFunc(name, cobra.FixedCompletions(c.words, cobra.ShellCompDirectiveNoFileComp))
+}

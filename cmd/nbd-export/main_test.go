@@ -1,0 +1,88 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// The test binary is nbd-export itself if asked to be.
+func init() {
+	if os.Getenv("NBD_EXPORT_TEST_MAIN") != "" {
+		main()
+	}
+}
+
+func TestUsage(t *testing.T) {
+	for _, c := range []struct {
+		args   string
+		status int
+		want   string
+	}{
+		{"", 2, "no verb given; see nbd-export --help"},
+		{"nope", 2, `there is no verb "nope"; see nbd-export --help`},
+		{"sttus", 2, `there is no verb "sttus"; did you mean status?; see nbd-export --help`},
+		{"--nope", 2, "unknown flag: --nope; see nbd-export --help"},
+		{"status --nope", 2, "unknown flag: --nope; see nbd-export status --help"},
+		{"status", 2, "status needs --control PATH; see nbd-export status --help"},
+		{"status --control", 2, "flag needs an argument: --control; see nbd-export status --help"},
+		{"status x --control /x", 2, `status takes no argument, but got "x"; see nbd-export status --help`},
+		{"status --control /no/such", 1, `no server answers at /no/such: no such file or directory; is "nbd-export serve --control /no/such" running?`},
+		{"activate --abandon --control /x", 2, "unknown flag: --abandon; see nbd-export activate --help"},
+		{"activate --control /no/such", 1, "no server answers at /no/such: "},
+		{"inactivate --control unix:/no/such", 1, "no server answers at /no/such: "},
+		{"serve", 2, "serve needs one argument, IMAGE; see nbd-export serve --help"},
+		{"serve a b", 2, `serve takes one argument, IMAGE, but got "b" too; see`},
+		{"serve --cache some x", 2, "must be one of writeback, none, writethrough; see"},
+		{"serve -f vmdk x", 2, "must be one of auto, raw, qcow2; see"},
+		{"serve -p 70000 x", 2, "serve: --port 70000 is not between 0 and 65535; see"},
+		{"serve -p x x", 2, `invalid argument "x" for "-p, --port" flag`},
+		{"serve -e -1 x", 2, "serve: --shared -1 is negative; 0 means unlimited; see"},
+		{"serve --memory 12q x", 2, `size "12q": unknown unit`},
+		{"serve --memory 12 x", 2, "serve: --memory 12 is too little; give at least 1M; see"},
+		{"serve --log-level loud x", 2, "must be one of info, debug, warn, error; see"},
+		{"serve --control= x", 2, "serve: --control needs a path; see"},
+		{"version x", 2, `version takes no argument, but got "x"; see nbd-export version --help`},
+		{"man", 2, "man needs one argument, DIR; see nbd-export man --help"},
+		{"man /no/such", 1, "cannot write the man pages: "},
+	} {
+		root := newRootCommand(nil)
+		var out, errOut bytes.Buffer
+		root.SetOut(&out)
+		root.SetErr(&errOut)
+		status := run(root, strings.Fields(c.args))
+		text := errOut.String()
+		if status != c.status || !strings.HasPrefix(text, "nbd-export: ") || !strings.Contains(text, c.want) ||
+			strings.Count(text, "\n") != 1 || out.Len() > 0 {
+			t.Errorf("%q: exit %d, %q, %q; want %d, %q", c.args, status, out.String(), text, c.status, c.want)
+		}
+	}
+}
+
+// Every verb has help with an example, and there are man pages and completions.
+func TestHelp(t *testing.T) {
+	dir := t.TempDir()
+	for _, args := range []string{
+		"--help", "serve --help", "activate --help", "inactivate --help", "status --help", "bench --help", "demo --help",
+		"version --help", "man --help", "completion bash", "version", "man " + dir,
+	} {
+		root := newRootCommand(nil)
+		var out, errOut bytes.Buffer
+		root.SetOut(&out)
+		root.SetErr(&errOut)
+		if status := run(root, strings.Fields(args)); status != 0 || errOut.Len() > 0 {
+			t.Errorf("%s: exit %d, %s", args, status, errOut.String())
+		}
+		if strings.HasSuffix(args, "--help") && !strings.Contains(out.String(), "Examples:\n  ") {
+			t.Errorf("%s shows no example", args)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(dir, "nbd-export-serve.1")); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "nbd-export-man.1")); err == nil {
+		t.Error("man, which is hidden, has a page")
+	}
+}

@@ -1,0 +1,74 @@
+package main
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nbd-export/nbd-export/control"
+	"github.com/nbd-export/nbd-export/ioloop"
+)
+
+func TestWriteStatus(t *testing.T) {
+	now := time.Date(2026, 11, 23, 10, 2, 3, 0, time.UTC)
+	s := control.Status{
+		Version: "1.2", PID: 812, Since: now.Add(-50*time.Hour - 3*time.Minute), Stopping: true,
+		Images: []control.ImageStatus{
+			{
+				Node: "image0", Image: "/srv/a.img", Format: "raw", Size: 10 << 30, State: "inactivating", Epoch: 7,
+				Export: control.Export{Name: "disk"}, Since: now.Add(-1234 * time.Millisecond), Step: "sync-ahead", StepSeconds: 1.2,
+				Locks: control.Locks{Held: "100,101,103,201,203", Scope: "cluster"},
+				Stats: ioloop.Stats{
+					Connections: 4, InFlight: 32, Reads: 31234, BytesRead: 1288490188, Writes: 512, BytesWritten: 512 * 4096,
+					Refused: 3, Errors: 1,
+				},
+			},
+			{
+				Node: "image1", Image: "/dev/sdx", Format: "raw", Size: 1000, ReadOnly: true, State: "failed(io)", Since: now,
+				Cause: "input/output error", LastError: "line one\nline two", Locks: control.Locks{Held: "none", Scope: "host-local"},
+			},
+		},
+	}
+	const want = `server       nbd-export 1.2, pid 812, up 2d2h, stopping
+
+image        /srv/a.img
+node         image0
+export       disk
+format       raw
+size         10 GiB (10737418240 bytes)
+state        inactivating
+step         sync-ahead for 1.2s
+epoch        7
+since        2026-11-23 10:02:01 (1.2s)
+locks        100,101,103,201,203 (cluster)
+connections  4
+in flight    32
+read         1.2 GiB in 31234 requests
+written      2 MiB in 512 requests
+answered     3 requests refused, 1 with an error
+
+image        /dev/sdx
+node         image1
+format       raw
+size         1000 bytes
+state        failed(io) (read-only)
+epoch        0
+since        2026-11-23 10:02:03 (0s)
+locks        none (host-local)
+connections  0
+in flight    0
+read         0 bytes in 0 requests
+written      0 bytes in 0 requests
+failed       input/output error
+last error   line one; line two
+`
+	var b strings.Builder
+	if err := writeStatus(&b, s, now); err != nil || b.String() != want {
+		t.Errorf("%v, got\n%s\nwant\n%s", err, b.String(), want)
+	}
+	b.Reset()
+	if err := writeStatus(&b, control.Status{Version: "1.2", PID: 1, Since: now}, now); err != nil ||
+		b.String() != "server       nbd-export 1.2, pid 1, up 0s\nimages       none\n" {
+		t.Errorf("%v, got\n%s", err, b.String())
+	}
+}
