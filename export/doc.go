@@ -9,8 +9,9 @@
 //
 // # What is negotiated
 //
-//   - Handshake: fixed newstyle with NO_ZEROES. Clients without fixed newstyle
-//     may only use EXPORT_NAME.
+//   - Handshake: fixed newstyle with NO_ZEROES. Options of a client
+//     that did not claim fixed newstyle are answered all the same: it may not
+//     rely on that, but clients that forget the flag do (go-nbd's List).
 //   - Options: EXPORT_NAME, ABORT, LIST, INFO, GO, STRUCTURED_REPLY,
 //     LIST_META_CONTEXT and SET_META_CONTEXT. STARTTLS, EXTENDED_HEADERS and
 //     everything unknown get ERR_UNSUP and haggling goes on. Errors carry a

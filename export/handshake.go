@@ -41,7 +41,6 @@ type handshake struct {
 	// error is errStopping or errGone.
 	enter func(*Export) error
 
-	fixed    bool // the client speaks fixed newstyle
 	noZeroes bool
 
 	// What options have agreed on so far. A STARTTLS would clear it.
@@ -120,7 +119,6 @@ func (h *handshake) greet() error {
 	if flags&^(wire.FlagClientFixedNewstyle|wire.FlagClientNoZeroes) != 0 {
 		return fmt.Errorf("unknown client flags %#08x (%q): not an NBD client?", flags, b)
 	}
-	h.fixed = flags&wire.FlagClientFixedNewstyle != 0
 	h.noZeroes = flags&wire.FlagClientNoZeroes != 0
 	return nil
 }

@@ -13,10 +13,6 @@ import (
 // length was more than maxOptionData. The agreement has an export if the
 // transmission phase starts; an error ends the connection.
 func (h *handshake) option(opt, length uint32, data []byte) (agreement, error) {
-	if !h.fixed && opt != wire.OptExportName {
-		// No reply that such a client could read exists.
-		return agreement{}, fmt.Errorf("%s without fixed newstyle", optionName(opt))
-	}
 	if opt != wire.OptGo {
 		h.last.valid = false
 	}
