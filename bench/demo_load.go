@@ -25,6 +25,7 @@ const (
 // generation acknowledged is what each block must hold whenever writers pause.
 type demoLoad struct {
 	conns  [2]*client.Conn
+	names  [2]string // of the exporters
 	run    uint64
 	depth  int
 	blocks int
@@ -56,6 +57,7 @@ func startDemoLoad(ctx context.Context, d *demo) (*demoLoad, error) {
 	}
 	for i, e := range d.exporters {
 		var err error
+		l.names[i] = e.Name
 		if l.conns[i], err = e.open(ctx); err != nil {
 			if i > 0 {
 				l.conns[0].Abort()
@@ -119,7 +121,7 @@ func (l *demoLoad) write(i int) error {
 				_ = sleep(l.ctx, time.Millisecond)
 			}
 		default:
-			return fmt.Errorf("block %d: %w", block, err)
+			return fmt.Errorf("block %d through %s: %w", block, l.names[at], err)
 		}
 	}
 	return nil

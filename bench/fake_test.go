@@ -114,7 +114,7 @@ func (f *fake) serve(nc net.Conn) {
 		return
 	}
 	var head [wire.RequestSize]byte
-	buf := make([]byte, wire.MaxRequestPayload)
+	buf := make([]byte, 128<<10)
 	for {
 		if in.Buffered() == 0 && out.Flush() != nil {
 			return

@@ -98,7 +98,11 @@ func (r *Result) WriteTable(out io.Writer) error {
 	t := tabwriter.NewWriter(&s, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "\toperations\tops/s\tMiB/s\tp50 us\tp99 us\tp99.9 us\tmax us\t")
 	row := func(name string, x Stats) {
-		fmt.Fprintf(t, "%s\t%s\t%s\t%.1f\t%s\t%s\t%s\t%s\t\n", name, grouped(float64(x.Ops)), grouped(x.OpsPerSec), x.MiBPerSec,
+		throughput := "-" // a flush has none
+		if name != "flush" {
+			throughput = fmt.Sprintf("%.1f", x.MiBPerSec)
+		}
+		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t\n", name, grouped(float64(x.Ops)), grouped(x.OpsPerSec), throughput,
 			micros(x.P50Micros), micros(x.P99Micros), micros(x.P999Micros), micros(x.MaxMicros))
 	}
 	if r.Reads.Ops > 0 || r.Writes.Ops == 0 && !strings.Contains(r.Load, "write") {

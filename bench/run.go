@@ -9,6 +9,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/HdrHistogram/hdrhistogram-go"
+
 	"github.com/nbd-export/nbd-export/client"
 )
 
@@ -240,9 +242,9 @@ func (l *load) result(begin int64, own time.Duration, used usage) Result {
 	reads, writes, flushes := newHistogram(), newHistogram(), newHistogram()
 	end := begin
 	for _, w := range l.workers {
-		reads.Merge(w.reads)
-		writes.Merge(w.writes)
-		flushes.Merge(w.flushes)
+		merge(reads, w.reads)
+		merge(writes, w.writes)
+		merge(flushes, w.flushes)
 		r.Refused += w.refused
 		r.Late += w.late()
 		end = max(end, w.last)
@@ -251,7 +253,7 @@ func (l *load) result(begin int64, own time.Duration, used usage) Result {
 	r.Reads = newStats(reads, c.BlockSize, r.Elapsed)
 	r.Writes = newStats(writes, c.BlockSize, r.Elapsed)
 	r.Flushes = newStats(flushes, 0, r.Elapsed)
-	reads.Merge(writes)
+	merge(reads, writes)
 	r.Total = newStats(reads, c.BlockSize, r.Elapsed)
 	ops := r.Total.Ops + r.Flushes.Ops + r.Refused
 	r.ClientCPU = newCPU(own, ops, r.Elapsed)
@@ -260,6 +262,13 @@ func (l *load) result(begin int64, own time.Duration, used usage) Result {
 		r.ServerCPU, r.ServerRSS = &cpu, used.rss
 	}
 	return r
+}
+
+// merge adds from, which may be nil, to sum.
+func merge(sum, from *hdrhistogram.Histogram) {
+	if from != nil {
+		sum.Merge(from)
+	}
 }
 
 // late is how many operations of a paced load were not sent in its time.

@@ -13,7 +13,7 @@ import (
 )
 
 // longest is the longest latency told apart; above it counts as this.
-const longest = int64(time.Hour)
+const longest = int64(100 * time.Second)
 
 func newHistogram() *hdrhistogram.Histogram { return hdrhistogram.New(1, longest, 3) }
 
@@ -37,7 +37,7 @@ type worker struct {
 	sinceFlush int64
 	flushDue   bool
 
-	reads, writes, flushes *hdrhistogram.Histogram
+	reads, writes, flushes *hdrhistogram.Histogram // of latencies in ns; nil for what it does not do
 	refused                int64
 	last                   int64 // when the last answer came
 	failed                 error
@@ -61,8 +61,16 @@ const maxListed = 20
 func newWorker(cfg *Config, batch *client.Batch, id int, first, blocks int64, run uint64) *worker {
 	w := &worker{
 		cfg: cfg, info: batch.Info(), batch: batch, run: run, first: first, span: blocks,
-		rng:   rand.NewPCG(cfg.Seed, uint64(id)),
-		reads: newHistogram(), writes: newHistogram(), flushes: newHistogram(),
+		rng: rand.NewPCG(cfg.Seed, uint64(id)),
+	}
+	if cfg.reads() {
+		w.reads = newHistogram()
+	}
+	if cfg.writes() {
+		w.writes = newHistogram()
+	}
+	if cfg.FlushEvery > 0 {
+		w.flushes = newHistogram()
 	}
 	conns := int64(cfg.Conns)
 	if cfg.split() {

@@ -161,7 +161,7 @@ func (c *Conn) do(cmd, flags uint16, off int64, length uint32, data []byte, exte
 	<-k.answered
 	err := k.err
 	if err == nil {
-		err = k.Op.err()
+		err = k.Err()
 	}
 	if extents != nil && err == nil {
 		*extents = append(*extents, k.Extents...)

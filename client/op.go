@@ -64,16 +64,13 @@ func (op *Op) reset() {
 	op.cover.reset()
 }
 
-// err is the outcome as an error: nil, or an *Error.
-func (op *Op) err() error {
+// Err is the outcome of an answered request: nil, or an *Error.
+func (op *Op) Err() error {
 	if op.Errno == 0 {
 		return nil
 	}
 	return &Error{Cmd: Cmd(op.Cmd), Errno: op.Errno, Text: op.Text}
 }
-
-// Err is the outcome of an answered request: nil, or an *Error.
-func (op *Op) Err() error { return op.err() }
 
 // fail notes an error of the reply; the first one counts.
 func (op *Op) fail(code uint32, text string) {
