@@ -105,7 +105,9 @@ func BenchmarkRawMap(b *testing.B) {
 		b.ReportAllocs()
 		var p Plan
 		for b.Loop() {
-			must(b, r.Map(&p, 4096, 4096, FindHoles))
+			if err := r.Map(&p, 4096, 4096, FindHoles); err != nil {
+				b.Fatal(err)
+			}
 			r.Unmap(&p)
 		}
 	})
@@ -113,8 +115,12 @@ func BenchmarkRawMap(b *testing.B) {
 		b.ReportAllocs()
 		var p Plan
 		for b.Loop() {
-			must(b, r.Prepare(&p, 4096, payload, 0))
-			must(b, r.Commit(&p))
+			if err := r.Prepare(&p, 4096, payload, 0); err != nil {
+				b.Fatal(err)
+			}
+			if err := r.Commit(&p); err != nil {
+				b.Fatal(err)
+			}
 		}
 	})
 }

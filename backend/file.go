@@ -249,7 +249,9 @@ var errPastEnd = fmt.Errorf("past the end of the file, which has become shorter:
 // ErrWait if that is less than p: p[:n] is valid, and ReadAt gets the rest or
 // finds out what is wrong. It returns no other error and allocates nothing.
 //
-// It uses RawSyscall: see BenchmarkTryReadAt for what Syscall would cost.
+// It uses RawSyscall, which is safe because the call does not sleep. Measured
+// for 4 KiB in the page cache (Linux 6.18, best of many short runs): preadv2
+// 608 ns, with Syscall 631; pread on tmpfs 517 and 544.
 func (f *File) TryReadAt(p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
@@ -334,8 +336,8 @@ func (f *File) InlineWrite(off int64, n int) bool {
 //
 // On tmpfs it uses RawSyscall. Elsewhere the kernel may put the writer to
 // sleep (balance_dirty_pages), which would stop garbage collection and with
-// it the process, so there Syscall is worth its price: see
-// BenchmarkTryWriteAt.
+// it the process, so there Syscall is worth its price: of a 4 KiB pwrite to
+// ext4 826 ns, with RawSyscall 797.
 func (f *File) TryWriteAt(p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, nil

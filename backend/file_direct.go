@@ -108,7 +108,7 @@ func (f *File) readBlocks(buf []byte, off int64, n int, whole bool) (b []byte, s
 	b = buf[:(int64(skip+n)+a-1)&^(a-1)]
 	need := skip + n
 	if whole {
-		need = len(b)
+		need = len(b) // or writing it back would grow a file that shrank
 	}
 	err = f.readDirect(b, off-int64(skip), need)
 	return b, skip, err

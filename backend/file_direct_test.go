@@ -88,6 +88,50 @@ func TestDirectTailCoherent(t *testing.T) {
 	}
 }
 
+// Zeroing and discarding keep away from a block that is being changed.
+func TestDirectZeroExcluded(t *testing.T) {
+	path := writeFile(t, t.TempDir(), pattern(16<<10, 1))
+	for name, erase := range map[string]func(*File) error{
+		"zero":  func(f *File) error { return f.Zero(4096, 4096, 0) },
+		"punch": func(f *File) error { return f.Punch(4096, 4096) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			read, goOn := make(chan struct{}), make(chan struct{})
+			f := openTest(t, path, openHow{write: true, direct: true, faults: func(op sysop, _ int64, n int) (int, error) {
+				if op == opWrite { // the block has been read
+					close(read)
+					<-goOn
+				}
+				return n, nil
+			}})
+			var wg sync.WaitGroup
+			wg.Go(func() {
+				if err := f.WriteAt([]byte{1}, 4100, false); err != nil {
+					t.Error(err)
+				}
+			})
+			<-read
+			wg.Go(func() {
+				if err := erase(f); err != nil {
+					t.Error(err)
+				}
+			})
+			for waiting := 0; waiting == 0; time.Sleep(time.Millisecond) {
+				f.ranges.mu.Lock()
+				waiting = f.ranges.waiting
+				f.ranges.mu.Unlock()
+			}
+			close(goOn)
+			wg.Wait()
+			b := make([]byte, 4096)
+			must(t, f.ReadAt(b, 4096))
+			if !bytes.Equal(b, make([]byte, 4096)) {
+				t.Error("the erased block is back")
+			}
+		})
+	}
+}
+
 func TestRanges(t *testing.T) {
 	var r ranges
 	a := r.enter(0, 8, false)

@@ -220,12 +220,16 @@ func TestShrink(t *testing.T) {
 					must(t, activate(r, false))
 					must(t, os.Truncate(path, size))
 					must(t, r.Flush())
-					align := int64(r.cur.Load().file.traits.Align)
+					align, tail := int64(r.cur.Load().file.traits.Align), r.cur.Load().file.tail
 					if warned != 1 {
 						t.Errorf("%d warnings", warned)
 					}
 					b := make([]byte, 3000)
+					offs := []int64{max(size-3000, 0), max(size-2999, 0)}
 					for off := int64(0); off+3000 <= was; off += 4 * 997 {
+						offs = append(offs, off)
+					}
+					for _, off := range offs {
 						for name, err := range map[string]error{
 							"write":   write(r, off, b, false),
 							"durable": write(r, off, b, true),
@@ -234,8 +238,8 @@ func TestShrink(t *testing.T) {
 							"discard": r.Discard(off, 3000),
 						} {
 							end := size
-							if name != "read" {
-								end -= end % align
+							if (name == "write" || name == "durable") && size < tail {
+								end -= end % align // no part of a block is written directly
 							}
 							if off+3000 <= end && err != nil {
 								t.Fatalf("%s at %d: %v", name, off, err)
@@ -353,6 +357,14 @@ func TestSyncShared(t *testing.T) {
 	time.Sleep(20 * time.Millisecond) // let the others join
 	let <- struct{}{}
 	<-entered // the second is for all who came meanwhile
+	tooLate := make(chan struct{})
+	wg.Go(func() { sync(); close(tooLate) })
+	let <- struct{}{}
+	select {
+	case <-entered: // and a third for who came when that had begun
+	case <-tooLate:
+		t.Error("joined a sync that had begun before")
+	}
 	let <- struct{}{}
 	done := make(chan struct{})
 	go func() { wg.Wait(); close(done) }()
@@ -364,8 +376,21 @@ func TestSyncShared(t *testing.T) {
 			late = false
 		}
 	}
-	if syncs > 3 {
+	if syncs > 4 {
 		t.Errorf("%d syncs for 51 callers", syncs)
+	}
+}
+
+// A durable write that fails while a sync runs may have been told what the
+// sync should have been told.
+func TestSyncBesideFailure(t *testing.T) {
+	f := openTest(t, writeFile(t, shmDir(t), make([]byte, 10)), openHow{write: true})
+	f.faults = func(op sysop, _ int64, n int) (int, error) {
+		f.syncer.fail(f.path, unix.EIO)
+		return n, nil
+	}
+	if err := f.Sync(); !SyncFailed(err) {
+		t.Error(err)
 	}
 }
 
@@ -421,6 +446,14 @@ func TestDurable(t *testing.T) {
 			t.Error(err)
 		}
 		if err := f.Sync(); !SyncFailed(err) {
+			t.Error(err)
+		}
+	})
+	t.Run("EIO in writing as well", func(t *testing.T) {
+		f, h := setup(t)
+		h.set(opWriteDsync, unix.EIO)
+		h.set(opWrite, unix.EIO)
+		if err := f.WriteAt(b, 0, true); !SyncFailed(err) {
 			t.Error(err)
 		}
 	})

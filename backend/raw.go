@@ -225,11 +225,7 @@ func (r *Raw) measure(v *view) {
 		return
 	}
 	v.sparse.Store(sparse)
-	limit := v.size
-	if size < limit {
-		// Writing the last block whole would grow the file.
-		limit = size &^ (int64(v.file.traits.Align) - 1)
-	}
+	limit := min(size, v.size)
 	if was := v.file.limit.Swap(limit); limit < was {
 		r.warnf("%s has shrunk to %d bytes while it is served as %d: reads and writes past its end fail", r.opts.Path, size, v.size)
 	}

@@ -62,6 +62,7 @@ func TestMapHoles(t *testing.T) {
 		check(300<<10, 64<<10, FindHoles|MayBlock, "D20 Z44")
 		check(1<<20, 1<<20, FindHoles, "D1024") // known by now
 		must(t, activate(r, false))
+		check(1<<20, 1<<20, FindHoles|MayBlock, "D1024")
 		must(t, r.Discard(1<<20, 128<<10))
 		check(1<<20, 1<<20, FindHoles|MayBlock, "Z128 D896")
 		must(t, write(r, 1<<20, make([]byte, 128<<10), false))
