@@ -482,8 +482,16 @@ func TestMemoryIsBounded(t *testing.T) {
 	}
 	wg.Wait()
 	wantServes(t, other, 48*mib, 99)
-	other.want(0, cmdRead, 0, 0, 32*mib, nil)
-	other.want(0, cmdWrite, 0, 0, 32*mib, make([]byte, 32*mib))
+	// Also with requests of a size that guests use; the largest may have to
+	// wait until one of the others has been thrown out.
+	for _, n := range []uint32{65536, 128 * kib, mib} {
+		begin := time.Now()
+		other.want(0, cmdRead, 0, 48*mib, n, nil)
+		other.want(0, cmdWrite, 0, 48*mib, n, make([]byte, n))
+		if took := time.Since(begin); took > 12*time.Second {
+			t.Errorf("a read and a write of %d bytes took %v", n, took)
+		}
+	}
 	rss := residentKiB(t, e.pid)
 	t.Logf("resident memory: %d MiB", rss/1024)
 	if rss > (128+96)*1024 {

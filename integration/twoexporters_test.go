@@ -33,16 +33,32 @@ const (
 // saw. NBD_EXPORT_SOAK sets for how long (default 60s), NBD_EXPORT_SEED repeats
 // the random choices of a run.
 func TestTwoExporters(t *testing.T) {
-	duration := 60 * time.Second
+	runSoak(t, tmpfsDir(t), soakTime(t, 60*time.Second))
+}
+
+// TestTwoExportersOnDisk does the same for a shorter time where a handover has
+// to wait for a disk, with and without the page cache in between.
+func TestTwoExportersOnDisk(t *testing.T) {
+	for _, cache := range []string{"writeback", "none"} {
+		t.Run(cache, func(t *testing.T) {
+			runSoak(t, t.TempDir(), soakTime(t, 60*time.Second)/6, "--cache", cache)
+		})
+	}
+}
+
+func soakTime(t *testing.T, d time.Duration) time.Duration {
 	if s := os.Getenv("NBD_EXPORT_SOAK"); s != "" {
 		var err error
-		if duration, err = time.ParseDuration(s); err != nil {
+		if d, err = time.ParseDuration(s); err != nil {
 			t.Fatalf("NBD_EXPORT_SOAK: %v", err)
 		}
+	} else if testing.Short() {
+		d = 6 * time.Second
 	}
-	if testing.Short() {
-		duration = 5 * time.Second
-	}
+	return d
+}
+
+func runSoak(t *testing.T, dir string, duration time.Duration, flags ...string) {
 	seed := rand.Uint64()
 	if s := os.Getenv("NBD_EXPORT_SEED"); s != "" {
 		var err error
@@ -52,10 +68,9 @@ func TestTwoExporters(t *testing.T) {
 	}
 	t.Logf("NBD_EXPORT_SEED=%d", seed)
 
-	image := sparseImage(t, tmpfsDir(t), soakSectors*sectorSize)
-	s := &soak{t: t, seed: seed, image: image, start: time.Now(),
-		held: make([]uint64, soakSectors)}
-	s.sides = [2]*daemon{serve(t, image), serve(t, image, "--inactive")}
+	image := sparseImage(t, dir, soakSectors*sectorSize)
+	s := &soak{t: t, seed: seed, image: image, start: time.Now(), held: make([]uint64, soakSectors)}
+	s.sides = [2]*daemon{serve(t, image, flags...), serve(t, image, append(slices.Clone(flags), "--inactive")...)}
 	for ; duration > 0 && !t.Failed(); duration -= soakRound {
 		s.round(min(soakRound, duration))
 	}
@@ -68,9 +83,10 @@ func TestTwoExporters(t *testing.T) {
 	for _, e := range s.sides {
 		e.stop()
 	}
-	for i := range s.held {
-		if id := readSector(fileAt(t, image, int64(i)*sectorSize, sectorSize), i); id != s.held[i] {
-			t.Errorf("sector %d changed to %d after the last owner let go of it with %d", i, id, s.held[i])
+	content := readFile(t, image)
+	for i, id := range s.held {
+		if now := readSector(content[i*sectorSize:(i+1)*sectorSize], i); now != id {
+			t.Errorf("sector %d changed to %d after the last owner let go of it with %d", i, now, id)
 		}
 	}
 }
