@@ -4,17 +4,20 @@ WORKDIR /src
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
-RUN make build
+ARG VERSION=devel
+RUN make build VERSION="$VERSION" && mkdir -p /rootfs/run/nbd-export
 
 FROM scratch
 COPY --from=build /src/bin/nbd-export /nbd-export
-# Not root: give this user access to the image file, and to a folder for the
-# sockets, e.g. `-v /srv/images:/images -v /run/nbd-export:/run/nbd-export`.
+# Not root: give this user access to the image file. The folder of the control
+# socket belongs to it; a volume put there from outside must as well.
+COPY --from=build --chown=65532:65532 /rootfs/run /run
 USER 65532:65532
-VOLUME /run/nbd-export
 EXPOSE 10809
 HEALTHCHECK --interval=10s --timeout=2s --start-period=5s \
     CMD ["/nbd-export", "status", "--control", "/run/nbd-export/control.sock"]
 ENTRYPOINT ["/nbd-export"]
-CMD ["serve", "--inactive", "--bind", "0.0.0.0", "--port", "10809", \
+# docker run -v /srv/images:/images nbd-export; --inactive, since a container
+# that comes up by itself must not take an image from its owner.
+CMD ["serve", "--inactive", "--format", "raw", "--bind", "0.0.0.0", "--port", "10809", \
      "--control", "/run/nbd-export/control.sock", "/images/disk.img"]
