@@ -1,7 +1,9 @@
 package control
 
 import (
+	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 )
@@ -18,10 +20,13 @@ type PIDFile struct {
 // where Publish would.
 func NewPIDFile(path string) (*PIDFile, error) {
 	fail := func(err error) (*PIDFile, error) {
+		if e, ok := errors.AsType[*fs.PathError](err); ok {
+			err = e.Err // without the name of the temporary file
+		}
 		return nil, fmt.Errorf("cannot write pid file %s: %w; choose a path in a directory that is writable", path, err)
 	}
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
-		return fail(fmt.Errorf("there is something that is not a regular file"))
+		return nil, fmt.Errorf("cannot write pid file %s: a file that is not a regular one is there; choose another path", path)
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {

@@ -3,25 +3,30 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/nbd-export/nbd-export/state"
 )
 
 // Signals turns Unix signals into orders: SIGUSR1 activates all images,
-// SIGUSR2 inactivates them, the first SIGTERM or SIGINT asks for a stop in
-// order and the second one exits at once, SIGHUP is ignored.
+// SIGUSR2 inactivates them, the first SIGTERM, SIGINT or SIGQUIT asks for a
+// stop in order and the second one exits at once, SIGHUP is ignored.
 type Signals struct {
-	exit func(status int) // os.Exit, but for tests
-	ch   chan os.Signal
-	done chan struct{} // the loop has ended
-	stop chan struct{} // closed by the first SIGTERM or SIGINT
-	wg   sync.WaitGroup
+	exit   func(status int) // os.Exit, but for tests
+	ch     chan os.Signal
+	closed chan struct{} // by Close
+	done   chan struct{} // the loop has ended
+	stop   chan struct{} // closed by the first signal that asks for a stop
+	wg     sync.WaitGroup
+	slots  map[os.Signal]chan struct{} // holds one for each order under way
 
 	mu       sync.Mutex // a leaf
 	registry *Registry  // nil until Ready
@@ -30,30 +35,48 @@ type Signals struct {
 	hangup   bool      // before Ready
 }
 
+const (
+	// mostOrders of a kind under way at once. They all wait for the same
+	// transition; another would be one more to wait.
+	mostOrders = 100
+	// sameStop is how soon after the first SIGTERM a second one does not stop
+	// the process yet: timeout(1) sends two for one, and so do terminals to a
+	// process whose parent passes signals on.
+	sameStop = 100 * time.Millisecond
+)
+
 // CatchSignals starts catching. Call it before anything else: a signal that
 // comes earlier is lost, or kills the process.
 func CatchSignals() *Signals { return catchSignals(os.Exit) }
 
 func catchSignals(exit func(int)) *Signals {
 	s := &Signals{
-		exit: exit,
-		ch:   make(chan os.Signal, 64), // the loop never waits, so it stays short
-		done: make(chan struct{}),
-		stop: make(chan struct{}),
+		exit:   exit,
+		ch:     make(chan os.Signal, 64), // the loop does not wait, so it stays short
+		closed: make(chan struct{}),
+		done:   make(chan struct{}),
+		stop:   make(chan struct{}),
+		slots: map[os.Signal]chan struct{}{
+			syscall.SIGUSR1: make(chan struct{}, mostOrders),
+			syscall.SIGUSR2: make(chan struct{}, mostOrders),
+		},
 	}
 	// A log whose reader is gone must not end the server.
 	signal.Ignore(syscall.SIGPIPE)
-	signal.Notify(s.ch, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP)
+	signal.Notify(s.ch, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP)
 	go s.loop()
 	return s
 }
 
-// Stop is closed by the first SIGTERM or SIGINT.
+// Stop is closed by the first signal that asks for a stop.
 func (s *Signals) Stop() <-chan struct{} { return s.stop }
 
 // Ready says that r can take orders from now on. Of those that came earlier
 // the last one counts.
 func (s *Signals) Ready(r *Registry, log *zap.Logger) {
+	log = log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+		return zapcore.NewSamplerWithOptions(c, time.Second, 10, 1000)
+	}))
 	s.mu.Lock()
 	s.registry, s.log = r, log
 	pending, hangup := s.pending, s.hangup
@@ -70,15 +93,21 @@ func (s *Signals) Ready(r *Registry, log *zap.Logger) {
 // too, and waits for the orders under way.
 func (s *Signals) Close() {
 	signal.Stop(s.ch)
-	close(s.ch)
+	close(s.closed)
 	<-s.done
 	s.wg.Wait()
 }
 
 func (s *Signals) loop() {
 	defer close(s.done)
-	stopping := false
-	for sig := range s.ch {
+	var first <-chan time.Time // some time after the first SIGTERM
+	for {
+		var sig os.Signal
+		select {
+		case sig = <-s.ch:
+		case <-s.closed:
+			return
+		}
 		switch sig {
 		case syscall.SIGUSR1, syscall.SIGUSR2:
 			s.order(sig)
@@ -91,20 +120,46 @@ func (s *Signals) loop() {
 				ignoreHangup(log)
 			}
 		default:
-			if stopping {
-				s.mu.Lock()
-				log := s.log
-				s.mu.Unlock()
-				if log != nil {
-					log.Error("stopped at once by a second signal, without a last flush", zap.Stringer("signal", sig))
-				}
-				s.exit(1)
+			if first == nil {
+				first = time.After(sameStop)
+				close(s.stop)
 				continue
 			}
-			stopping = true
-			close(s.stop)
+			select {
+			case <-first:
+			case <-s.closed: // the stop was quicker
+				return
+			}
+			timer := time.AfterFunc(time.Second, func() { s.exit(1) }) // even if nobody reads the log
+			s.lastWords(sig)
+			timer.Stop()
+			s.exit(1)
 		}
 	}
+}
+
+// lastWords says what exiting at once may lose.
+func (s *Signals) lastWords(sig os.Signal) {
+	const text = "stopped at once by a second signal"
+	s.mu.Lock()
+	registry, log := s.registry, s.log
+	s.mu.Unlock()
+	if registry == nil {
+		_, _ = fmt.Fprintln(os.Stderr, "nbd-export: "+text)
+		return
+	}
+	var owned []string
+	for _, t := range registry.Targets() {
+		if t.Export.Writable && t.Machine.Status().State.Owns() {
+			owned = append(owned, t.Image.Info().Path)
+		}
+	}
+	if len(owned) == 0 {
+		log.Warn(text, zap.Stringer("signal", sig))
+		return
+	}
+	log.Error(text+": writes acknowledged since the last flush may be lost",
+		zap.Stringer("signal", sig), zap.Strings("images", owned))
 }
 
 func ignoreHangup(log *zap.Logger) {
@@ -121,8 +176,14 @@ func (s *Signals) order(sig os.Signal) {
 		s.pending = sig
 		return
 	}
+	select {
+	case s.slots[sig] <- struct{}{}:
+	default:
+		return
+	}
 	r, log := s.registry, s.log
 	s.wg.Go(func() {
+		defer func() { <-s.slots[sig] }()
 		var err error
 		if sig == syscall.SIGUSR1 {
 			err = r.Activate(context.Background(), state.ActivateOptions{})

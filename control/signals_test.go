@@ -86,6 +86,14 @@ func TestSignals(t *testing.T) {
 	kill(t, syscall.SIGUSR2)
 	kill(t, syscall.SIGHUP)
 	expect(t, lines, "SIGHUP ignored")
+	for range 10 * mostOrders { // a storm takes no more than so many goroutines
+		s.order(syscall.SIGUSR2)
+	}
+	if n := len(s.slots[syscall.SIGUSR2]); n != mostOrders {
+		t.Errorf("%d orders under way", n)
+	}
+	kill(t, syscall.SIGUSR1)
+	expect(t, lines, "order refused: cannot activate image")
 	close(settle)
 	expect(t, lines, "image is inactive")
 	expect(t, lines, "image is inactive")
@@ -105,6 +113,16 @@ func TestSignals(t *testing.T) {
 	if status := <-exits; status != 1 {
 		t.Errorf("exit status %d", status)
 	}
+}
+
+// Two signals for one stop are one: the second gives it a moment.
+func TestStopSentTwice(t *testing.T) {
+	s := catchSignals(func(int) { t.Error("the process ends without having stopped") })
+	kill(t, syscall.SIGTERM)
+	<-s.Stop()
+	s.ch <- syscall.SIGQUIT
+	waitFor(s, func() bool { return len(s.ch) == 0 })
+	s.Close()
 }
 
 // waitFor spins until what a signal changes has changed.

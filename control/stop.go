@@ -14,8 +14,10 @@ const replyTime = 5 * time.Second
 
 // Front is where clients come from; *export.Server is one.
 type Front interface {
-	// Shutdown accepts no more connections and ends each when what it has
-	// asked is answered, and all at the latest when ctx ends.
+	// Refuse accepts no more connections; those there are go on.
+	Refuse()
+	// Shutdown ends each connection when what it has asked is answered, and
+	// all at the latest when ctx ends.
 	Shutdown(ctx context.Context) error
 }
 
@@ -33,14 +35,12 @@ func stop(r *Registry, front Front, log *zap.Logger, replies time.Duration) erro
 	ms := machines(r.stop())
 	log.Info("stopping")
 	state.Refuse(ms...)
+	front.Refuse()
+	err := state.Stop(ms...) // clients that ask meanwhile are told that the server stops
 
-	ctx, cancel := context.WithCancel(context.Background())
+	ctx, cancel := context.WithTimeout(context.Background(), replies)
 	defer cancel()
-	gone := make(chan error, 1)
-	go func() { gone <- front.Shutdown(ctx) }()
-	err := state.Stop(ms...)
-	defer time.AfterFunc(replies, cancel).Stop()
-	if e := <-gone; e != nil {
+	if front.Shutdown(ctx) != nil {
 		log.Warn("clients were cut off: they did not take their replies in time", zap.Duration("limit", replies))
 	}
 	return err

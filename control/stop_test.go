@@ -17,11 +17,14 @@ import (
 
 // front is a Front whose clients take their replies when told to.
 type front struct {
-	called chan struct{}
-	taken  chan struct{}
+	refuses, called, taken chan struct{}
 }
 
-func newFront() *front { return &front{make(chan struct{}), make(chan struct{})} }
+func newFront() *front {
+	return &front{make(chan struct{}), make(chan struct{}), make(chan struct{})}
+}
+
+func (f *front) Refuse() { close(f.refuses) }
 
 func (f *front) Shutdown(ctx context.Context) error {
 	close(f.called)
@@ -71,7 +74,7 @@ func TestStopOrder(t *testing.T) {
 		t.Errorf("image added during a stop: %v", err)
 	}
 	select {
-	case <-f.called:
+	case <-f.refuses:
 		t.Error("connections are refused before the transition is finished")
 	default:
 	}
@@ -79,13 +82,18 @@ func TestStopOrder(t *testing.T) {
 	if err := <-inactivated; err != nil {
 		t.Error(err)
 	}
-	<-f.called
+	<-f.refuses
 	<-parked
 	if v := lane0.Enter(state.Mutate); v != state.Refused || !errors.Is(lane0.Refusal(), state.ErrStopping) {
 		t.Errorf("parked request: %v, %v", v, lane0.Refusal())
 	}
 	if settled != 0 {
 		t.Error("settled before what was admitted has finished")
+	}
+	select {
+	case <-f.called:
+		t.Error("connections end before requests can be told of the stop")
+	default:
 	}
 	lane1.Leave()
 	close(f.taken)

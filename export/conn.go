@@ -68,6 +68,7 @@ func (c *conn) handshake() (agreement, error) {
 		exports:  c.srv.Exports,
 		stopping: c.srv.isStopping,
 		enter:    c.enter,
+		alone:    c.srv.Shared == 1,
 	}
 	return h.run()
 }

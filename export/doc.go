@@ -18,8 +18,9 @@
 //     text that says what is wrong.
 //   - Infos: EXPORT and BLOCK_SIZE always; NAME and DESCRIPTION on request.
 //   - Metadata context: base:allocation.
-//   - Transmission flags: SEND_FLUSH, SEND_FUA, SEND_CACHE and CAN_MULTI_CONN
-//     always; SEND_DF with structured replies; ROTATIONAL by the image;
+//   - Transmission flags: SEND_FLUSH, SEND_FUA and SEND_CACHE always;
+//     CAN_MULTI_CONN unless only one connection is allowed; SEND_DF with
+//     structured replies; ROTATIONAL by the image;
 //     READ_ONLY on read-only exports, and on the others SEND_WRITE_ZEROES,
 //     SEND_FAST_ZERO and, where the host can discard, SEND_TRIM.
 //   - Replies: simple, or structured once negotiated. With structured replies
@@ -53,8 +54,9 @@
 //
 // # Stopping
 //
-// Server.Shutdown closes the listeners, answers options of unfinished
-// handshakes with ERR_SHUTDOWN, and stops receiving on the other connections,
-// so that each ends when what it has received is answered. Server.Close ends
+// Server.Refuse closes the listeners and answers options of unfinished
+// handshakes with ERR_SHUTDOWN. Server.Shutdown then stops receiving on the
+// other connections, so that each ends when what it has received is answered.
+// In between requests get ESHUTDOWN from the gate. Server.Close ends
 // everything at once.
 package export

@@ -56,7 +56,7 @@ func wireErrno(err error, req request) uint32 {
 	if r, ok := errors.AsType[*refusal](err); ok {
 		return r.code
 	}
-	if errors.Is(err, state.ErrInactive) {
+	if errors.Is(err, state.ErrInactive) || errors.Is(err, state.ErrReadOnly) {
 		return wire.EPERM
 	}
 	if errors.Is(err, state.ErrStopping) {

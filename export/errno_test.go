@@ -56,6 +56,7 @@ func TestWireErrno(t *testing.T) {
 		{"6 ESHUTDOWN is ours only", syscall.ESHUTDOWN, write, wire.EINVAL},
 		{"6 stopping", fmt.Errorf("x: %w", state.ErrStopping), write, wire.ESHUTDOWN},
 		{"6 inactive", fmt.Errorf("x: %w", state.ErrInactive), trim, wire.EPERM},
+		{"6 read-only", fmt.Errorf("x: %w", state.ErrReadOnly), trim, wire.EPERM},
 		{"6 failed", &state.FailedError{State: state.FailedIO, Image: "disk", Cause: syscall.ENOSPC}, write, wire.EIO},
 		{"6 refusal", &refusal{wire.ENOSPC, "past"}, write, wire.ENOSPC},
 	} {

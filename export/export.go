@@ -42,11 +42,8 @@ func (x *Exports) Add(e *Export) error {
 	if e.Disk == nil || e.Disk.Image == nil {
 		return fmt.Errorf("export %s has no disk", quote(e.Name))
 	}
-	if err := checkString(e.Name); err != nil {
-		return fmt.Errorf("export name %s: %w", quote(e.Name), err)
-	}
-	if err := checkString(e.Description); err != nil {
-		return fmt.Errorf("description of export %s: %w", quote(e.Name), err)
+	if err := CheckNames(e.Name, e.Description); err != nil {
+		return err
 	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -57,6 +54,18 @@ func (x *Exports) Add(e *Export) error {
 		x.m = make(map[string]*Export)
 	}
 	x.m[e.Name] = e
+	return nil
+}
+
+// CheckNames reports what keeps an export from having this name and this
+// description.
+func CheckNames(name, description string) error {
+	if err := checkString(name); err != nil {
+		return fmt.Errorf("export name %s: %w", quote(name), err)
+	}
+	if err := checkString(description); err != nil {
+		return fmt.Errorf("description of export %s: %w", quote(name), err)
+	}
 	return nil
 }
 

@@ -40,6 +40,8 @@ type handshake struct {
 	// enter is asked before a client is told that transmission starts. An
 	// error is errStopping or errGone.
 	enter func(*Export) error
+	// alone: a second connection of the client would be refused.
+	alone bool
 
 	noZeroes bool
 

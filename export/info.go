@@ -26,6 +26,16 @@ func (e *Export) facts(structured bool) facts {
 	}
 }
 
+// facts of e for this client. One that is told CAN_MULTI_CONN opens several
+// connections, and fails if it gets only one.
+func (h *handshake) facts(e *Export) facts {
+	f := e.facts(h.structured)
+	if h.alone {
+		f.trans &^= wire.TransCanMultiConn
+	}
+	return f
+}
+
 // transFlags are the transmission flags of an export (specification,
 // "Transmission flags"). READ_ONLY is an attribute of the export; who owns
 // the image has no part in it. CAN_MULTI_CONN is the truth because a process

@@ -21,7 +21,10 @@ const maxSocketPath = 107
 // ListenTCP listens on address, which is "host:port" or ":port".
 func ListenTCP(address string) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
+	dns, unresolved := errors.AsType[*net.DNSError](err)
 	switch {
+	case unresolved:
+		return nil, fmt.Errorf("cannot listen on TCP %s: cannot resolve %s: %s; give an address of this host", address, dns.Name, dns.Err)
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("cannot listen on TCP %s: the port is in use; choose another, or stop the server that has it", address)
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
@@ -85,7 +88,7 @@ func ListenUnixMode(path string, mode fs.FileMode) (net.Listener, error) {
 	l, err := config.Listen(context.Background(), "unix", path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return fail("its directory does not exist")
+		return fail("its directory does not exist; make it or choose another path")
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fail("another server has just taken it; stop it or choose another path")
 	case err != nil:

@@ -65,7 +65,7 @@ func (h *handshake) exportName(name string) (agreement, error) {
 	if err := h.enter(e); err != nil {
 		return agreement{}, err
 	}
-	f := e.facts(h.structured)
+	f := h.facts(e)
 	h.out = binary.BigEndian.AppendUint64(h.out, uint64(f.size))
 	h.out = binary.BigEndian.AppendUint16(h.out, f.trans)
 	if !h.noZeroes {
@@ -104,7 +104,7 @@ func (h *handshake) infoOrGo(opt, length uint32, data []byte) (agreement, error)
 	if e == nil {
 		return agreement{}, h.unknownExport(opt, name)
 	}
-	f := e.facts(h.structured)
+	f := h.facts(e)
 	if last.valid && last.facts.export == e && bytes.Equal(last.data, data) {
 		f = last.facts
 	}

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"math"
 	"net"
 	"slices"
 	"sync"
@@ -13,6 +14,7 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
+	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/ioloop"
 )
@@ -52,12 +54,15 @@ type Server struct {
 	// equal lines are sampled. Nil logs nothing.
 	Log *zap.Logger
 	// Shared is the most connections at once, those in the handshake
-	// included; 0 means no limit. Beyond it a connection is closed at once.
+	// included; 0 means as many as the process may have descriptors for, less
+	// what a handover and its orders need. Beyond it a connection is closed at
+	// once. With 1 clients are not told that they may open more.
 	Shared int
 	// HandshakeTimeout bounds a handshake as a whole; 0 means 10 s.
 	HandshakeTimeout time.Duration
 
 	once sync.Once
+	most int           // connections at once
 	log  *zap.Logger   // of clients; sampled
 	stop chan struct{} // closed by stopping
 
@@ -78,10 +83,25 @@ func (s *Server) init() {
 		s.log = log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
 			return zapcore.NewSamplerWithOptions(c, time.Second, 10, 100)
 		}))
+		s.most = mostConnections()
+		if s.Shared > 0 {
+			s.most = min(s.most, s.Shared)
+		}
 		s.stop = make(chan struct{})
 		s.listeners = make(map[net.Listener]struct{})
 		s.conns = make(map[*conn]struct{})
 	})
+}
+
+// mostConnections leaves a quarter of the descriptors that the process may
+// have: clients that took them all would keep the image from being handed over.
+func mostConnections() int {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil || limit.Cur > math.MaxInt32 {
+		return math.MaxInt32
+	}
+	n := int(limit.Cur)
+	return max(n-max(n/4, 32), 1)
 }
 
 // Serve accepts connections of l until the server is shut down, which closes
@@ -150,14 +170,16 @@ func (s *Server) admit(nc net.Conn) {
 	tune(nc)
 	c := &conn{srv: s, nc: nc, remote: remoteName(nc), since: time.Now()}
 	s.mu.Lock()
-	full := s.Shared > 0 && len(s.conns) >= s.Shared
-	if s.stopping || full {
+	if s.stopping || len(s.conns) >= s.most {
 		stopping := s.stopping
 		s.mu.Unlock()
 		_ = nc.Close()
 		if !stopping {
-			s.log.Warn("connection refused: as many as allowed are open",
-				zap.String("client", c.remote), zap.Int("shared", s.Shared))
+			why := "as many as --shared allows are open"
+			if s.most != s.Shared {
+				why = "the descriptors that are left are for handovers; raise the limit on open files (ulimit -n)"
+			}
+			s.log.Warn("connection refused: "+why, zap.String("client", c.remote), zap.Int("limit", s.most))
 		}
 		return
 	}
@@ -233,24 +255,35 @@ func (s *Server) Disconnect(e *Export) int {
 	return n
 }
 
-// Shutdown stops in order: the listeners are closed; unfinished handshakes
-// are told ERR_SHUTDOWN, for at most a second; connections end when what they
-// have sent is answered. When ctx ends before all of that, the rest is closed
-// without, and the error is ctx's; goroutines may then still be waiting for
-// storage.
-//
-// The machines of the exports should be stopped first: then requests that are
-// parked get their ESHUTDOWN instead of keeping their connection.
-func (s *Server) Shutdown(ctx context.Context) error {
-	s.beginStop()
+// Refuse closes the listeners, and tells unfinished handshakes ERR_SHUTDOWN,
+// for at most a second. Connections beyond the handshake go on.
+func (s *Server) Refuse() {
+	s.init()
 	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		return
+	}
+	s.stopping = true
+	close(s.stop)
+	for l := range s.listeners {
+		_ = l.Close()
+	}
 	for c := range s.conns {
 		if c.export == nil {
 			c.hurry()
 		}
 	}
-	s.mu.Unlock()
+}
 
+// Shutdown is Refuse, and connections end when what they have sent is
+// answered. When ctx ends before all of that, the rest is closed without, and
+// the error is ctx's; goroutines may then still be waiting for storage.
+//
+// The machines of the exports should be stopped first: then requests that are
+// parked get their ESHUTDOWN instead of keeping their connection.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.Refuse()
 	f, ok := s.Mover.(finisher)
 	if ok {
 		f.Shutdown(ctx)
@@ -281,23 +314,10 @@ func (s *Server) Shutdown(ctx context.Context) error {
 // Close stops at once: it closes the listeners and all connections, and waits
 // for their goroutines.
 func (s *Server) Close() error {
-	s.beginStop()
+	s.Refuse()
 	s.closeAll()
 	s.wg.Wait()
 	return nil
-}
-
-func (s *Server) beginStop() {
-	s.init()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.stopping {
-		s.stopping = true
-		close(s.stop)
-	}
-	for l := range s.listeners {
-		_ = l.Close()
-	}
 }
 
 func (s *Server) closeAll() {

@@ -20,6 +20,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/export/wire"
 	"github.com/nbd-export/nbd-export/ioloop"
@@ -303,6 +304,60 @@ func TestShutdown(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// Refuse ends no connection: what it asks from then on is answered.
+func TestRefuse(t *testing.T) {
+	served(t, func(t *testing.T, s *Server, l *pipes, _ *observer.ObservedLogs) {
+		a, b := l.dial(t), l.dial(t)
+		a.enter()
+		b.greet(fixedNoZeroes)
+		synctest.Wait()
+		s.Refuse()
+		s.Refuse()
+		b.final(wire.OptGo, goData(""), wire.RepErrShutdown)
+		b.closed() // a second later
+		a.write(requestHeader(0, wire.CmdFlush, 1, 0, 0))
+		a.read(16)
+		_ = a.nc.Close()
+	})
+}
+
+// A client that may have one connection is not invited to open several.
+func TestF7Alone(t *testing.T) {
+	for _, shared := range []int{0, 1, 2} {
+		served(t, func(t *testing.T, s *Server, l *pipes, _ *observer.ObservedLogs) {
+			p := l.dial(t)
+			p.greet(fixedNoZeroes)
+			info := p.do(wire.OptInfo, goData(""))[0].data // EXPORT comes first
+			multi := binary.BigEndian.Uint16(info[10:])&wire.TransCanMultiConn != 0
+			if multi != (shared != 1) {
+				t.Errorf("%d connections: CAN_MULTI_CONN %t", shared, multi)
+			}
+			_ = p.nc.Close()
+		}, func(s *Server) { s.Shared = shared })
+	}
+}
+
+// Descriptors are left for handing over, whatever clients do.
+func TestDescriptorsAreLeft(t *testing.T) {
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if most := uint64(mostConnections()); most >= limit.Cur || most < limit.Cur/2 {
+		t.Errorf("%d connections with %d descriptors", most, limit.Cur)
+	}
+	served(t, func(t *testing.T, s *Server, l *pipes, logs *observer.ObservedLogs) {
+		a := l.dial(t)
+		a.enter()
+		l.dial(t).closed()
+		synctest.Wait()
+		if logs.FilterMessageSnippet("ulimit -n").Len() != 1 {
+			t.Errorf("%+v", logs.All())
+		}
+		_ = a.nc.Close()
+	}, func(s *Server) { s.init(); s.most = 1 })
 }
 
 func TestRemoveAndDisconnect(t *testing.T) {

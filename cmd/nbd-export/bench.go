@@ -20,6 +20,7 @@ import (
 func newBenchCommand() *cobra.Command {
 	c := bench.Config{ReadPercent: 70}
 	blockSize, offset, size := bench.Size(4096), bench.Size(0), bench.Size(0)
+	rw := choose("randread", "read", "write", "randwrite", "mixed")
 	var asJSON, asGoBench bool
 	cmd := &cobra.Command{
 		Use:   "bench URI",
@@ -47,7 +48,7 @@ anything wrong.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c.URI, c.BlockSize, c.Offset, c.Size = args[0], int64(blockSize), int64(offset), int64(size)
+			c.URI, c.RW, c.BlockSize, c.Offset, c.Size = args[0], rw.value, int64(blockSize), int64(offset), int64(size)
 			flags := cmd.Flags()
 			if flags.Changed("ops") && !flags.Changed("time") {
 				c.Time = 0
@@ -75,7 +76,7 @@ anything wrong.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&c.RW, "rw", "randread", "read, write, randread, randwrite or mixed")
+	rw.addTo(cmd, "rw", "", "kind of load")
 	f.IntVar(&c.ReadPercent, "read-percent", c.ReadPercent, "reads among the operations of mixed, per cent")
 	f.Var(&blockSize, "bs", "bytes of each operation")
 	f.IntVar(&c.Depth, "depth", 32, "operations in flight per connection")

@@ -103,8 +103,8 @@ func startExporter(ctx context.Context, name, image string, inactive bool) (*ben
 	p := &process{cmd: exec.Command(self, append(args, image)...), ended: make(chan struct{})}
 	p.cmd.Stderr = &p.log
 	// A group of its own, so that an interrupt from the terminal reaches only us and
-	// the exporters are ended in order.
-	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	// the exporters are ended in order; and they end when we are killed.
+	p.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGTERM}
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}

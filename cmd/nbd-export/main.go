@@ -79,6 +79,8 @@ stay connected, by a signal or over the control socket.`,
 		RunE: func(*cobra.Command, []string) error { return nil }, // Args refuses all
 	}
 	root.SuggestionsMinimumDistance = 2
+	// The program alone does nothing: its usage is that with a verb.
+	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable .HasParent}}", 1))
 	root.AddCommand(
 		newServeCommand(signals),
 		newActivateCommand(),
@@ -123,7 +125,7 @@ type choice struct {
 func choose(words ...string) *choice { return &choice{words[0], words} }
 
 func (c *choice) String() string { return c.value }
-func (c *choice) Type() string   { return "mode" }
+func (c *choice) Type() string   { return "MODE" }
 
 // Set implements pflag.Value.
 func (c *choice) Set(s string) error {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"strconv"
+	"strings"
 	"sync/atomic"
 
 	"github.com/spf13/cobra"
@@ -64,9 +65,9 @@ becomes the owner of the image first, and fails if another process owns it.
 Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809. The pid
 file is written when connections are accepted and the control socket is ready.
 
-Signals: SIGUSR1 activates, SIGUSR2 inactivates, SIGTERM and SIGINT stop in order
-(a second one stops at once), SIGHUP is ignored. Exit status is 1 if a last write
-or flush failed.`,
+Signals: SIGUSR1 activates, SIGUSR2 inactivates, SIGTERM, SIGINT and SIGQUIT stop
+in order (a second one stops at once), SIGHUP is ignored. Exit status is 1 if a
+last write or flush failed.`,
 		Example: `  # serve a raw disk on a Unix socket, and own it
   nbd-export serve -f raw -k /run/a.sock --control /run/a.ctl disk.img
 
@@ -79,11 +80,17 @@ or flush failed.`,
 		Args: oneArg("IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			flags := cmd.Flags()
+			for _, name := range []string{"socket", "control", "pid-file"} {
+				if flags.Changed(name) && flags.Lookup(name).Value.String() == "" {
+					return usageError{fmt.Errorf("serve: --%s needs a path", name)}
+				}
+			}
+			if err := export.CheckNames(i.name, i.description); err != nil {
+				return usageError{fmt.Errorf("serve: %w", err)}
+			}
 			switch {
-			case flags.Changed("socket") && d.unix == "":
-				return usageError{errors.New("serve: --socket needs a path")}
-			case flags.Changed("control") && d.control == "":
-				return usageError{errors.New("serve: --control needs a path")}
+			case d.unix != "" && d.unix == d.control:
+				return usageError{fmt.Errorf("serve: --socket and --control are both %s; they are two sockets", d.unix)}
 			case port < 0 || port > 65535:
 				return usageError{fmt.Errorf("serve: --port %d is not between 0 and 65535", port)}
 			case d.shared < 0:
@@ -92,7 +99,8 @@ or flush failed.`,
 				return usageError{fmt.Errorf("serve: --memory %s is too little; give at least 1M", memory.String())}
 			}
 			if d.unix == "" || flags.Changed("port") || flags.Changed("bind") {
-				d.tcp = net.JoinHostPort(bind, strconv.Itoa(port))
+				host := strings.TrimSuffix(strings.TrimPrefix(bind, "["), "]") // as in a URI
+				d.tcp = net.JoinHostPort(host, strconv.Itoa(port))
 			}
 			d.memory = int64(memory)
 			i.Path, i.Format = args[0], format.value
@@ -111,7 +119,7 @@ or flush failed.`,
 	f.StringVarP(&bind, "bind", "b", defaultHost, "listen on TCP address `ADDR`")
 	f.StringVarP(&i.name, "export-name", "x", "", "`NAME` of the export")
 	f.StringVarP(&i.description, "description", "D", "", "`TEXT` that describes the export")
-	format.addTo(cmd, "format", "f", "image format")
+	format.addTo(cmd, "format", "f", "`FMT` of the image")
 	f.BoolVarP(&i.ReadOnly, "read-only", "r", false, "never write to the image")
 	f.BoolVar(&i.inactive, "inactive", false, "start without ownership: any number of exporters may")
 	f.StringVar(&d.control, "control", "", "control socket at `PATH`, for status, activate, inactivate and QMP tools")
@@ -119,10 +127,10 @@ or flush failed.`,
 	cache.addTo(cmd, "cache", "", "how the page cache is used")
 	locking.addTo(cmd, "locking", "", "lock the image while it is active")
 	dropCache.addTo(cmd, "drop-cache", "", "drop the page cache on activation")
-	f.Var(&memory, "memory", "`SIZE` of all buffers of the process; k, M, G, T")
-	f.IntVarP(&d.shared, "shared", "e", 0, "most connections at once are `N`; 0 for unlimited")
-	logLevel.addTo(cmd, "log-level", "", "least level logged")
-	logFormat.addTo(cmd, "log-format", "", "format of the log on stderr")
+	f.Var(&memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
+	f.IntVarP(&d.shared, "shared", "e", 0, "at most `N` connections at once; 0 for unlimited")
+	logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
+	logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
 	f.SortFlags = false
 	for _, name := range []string{"socket", "control", "pid-file"} {
 		_ = cmd.MarkFlagFilename(name)
@@ -222,7 +230,7 @@ func (d *daemon) add(opt imageOptions) error {
 		return err
 	}
 	index := len(d.registry.Targets())
-	observe := control.Observe(state.Options{}, d.log)
+	observe := control.Observe(state.Options{ReadOnly: opt.ReadOnly}, d.log)
 	line := observe.Observe
 	observe.Observe = func(t state.Transition) {
 		// A start that fails is told by the process's last words alone.

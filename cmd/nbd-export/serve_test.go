@@ -229,7 +229,6 @@ func TestServeRefused(t *testing.T) {
 		{"choose a shorter one", []string{"-k", dir + strings.Repeat("x", 200), "--inactive", img}},
 		{"the port is in use", []string{"-k", k, "-p", port, "--inactive", img}},
 		{"cannot write pid file", []string{"-k", k, "--pid-file", filepath.Join(dir, "no", "pid"), "--inactive", img}},
-		{"export name", []string{"-k", k, "-x", strings.Repeat("x", 5000), "--inactive", img}},
 	} {
 		p := start(t, append([]string{"serve", "-f", "raw", "--log-format", "json"}, c.args...)...)
 		status, words := p.end(t)
