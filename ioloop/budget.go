@@ -13,8 +13,8 @@ import (
 // read its replies) cannot keep all others from working:
 //   - a connection never holds more than its share, except that a single
 //     request always fits;
-//   - a part of the budget is only for small requests of connections that
-//     hold nothing else;
+//   - a part of the budget is only for requests of connections that hold
+//     nothing else, the smaller the better;
 //   - Engine evicts connections whose client has moved nothing for a while,
 //     but only when others wait for memory.
 //
@@ -40,14 +40,17 @@ const (
 	// general: for any request, in order of arrival.
 	general
 	// reserve: for a request of at most smallRequest of a connection that
-	// holds nothing else.
+	// holds nothing else. It gets no more than an eighth of what is left, so
+	// that many larger ones never keep out the smaller.
 	reserve
 
 	purposes
 )
 
 // smallRequest is the size in bytes up to which a request may use the reserve.
-const smallRequest = 64 << 10
+// Kernels and guests send up to 1 MiB; only tools that copy whole images send
+// more, and those can wait while clients that move nothing are evicted.
+const smallRequest = 1 << 20
 
 // lease is memory taken from the budget.
 type lease struct {
@@ -84,7 +87,7 @@ func (b *budget) takeLocked(w want, first bool) (lease, bool) {
 	switch {
 	// One request alone always fits, however small the budget.
 	case first && (b.used[floor]+b.used[general]+w.n <= b.most[general] || b.used[general] == 0):
-	case w.alone() && (b.used[reserve]+w.n <= b.most[reserve] || b.used[reserve] == 0):
+	case w.small && w.held.Load() == 0 && w.n <= (b.most[reserve]-b.used[reserve])/8:
 		l.of = reserve
 	default:
 		return lease{}, false
@@ -93,16 +96,10 @@ func (b *budget) takeLocked(w want, first bool) (lease, bool) {
 	return l, true
 }
 
-// alone reports whether the reserve is for w.
-func (w *want) alone() bool { return w.small && w.held.Load() == 0 }
-
-// try takes what is wanted if it is there and no equal waits for it.
+// try takes what is wanted if it is there and nobody came before.
 func (b *budget) try(w want) (lease, bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for _, other := range b.waiters {
-		w.small = w.small && !other.alone()
-	}
 	return b.takeLocked(w, len(b.waiters) == 0)
 }
 
@@ -162,16 +159,12 @@ func (b *budget) release(l lease) {
 // back, or a large one would starve; those that the reserve is for pass it.
 func (b *budget) grantLocked() {
 	kept := b.waiters[:0]
-	blocked := false // the reserve is
 	for _, w := range b.waiters {
-		now := w.want
-		now.small = now.small && !blocked
 		var ok bool
-		if w.lease, ok = b.takeLocked(now, len(kept) == 0); ok {
+		if w.lease, ok = b.takeLocked(w.want, len(kept) == 0); ok {
 			close(w.granted)
 			continue
 		}
-		blocked = blocked || now.alone()
 		kept = append(kept, w)
 	}
 	clear(b.waiters[len(kept):])

@@ -128,13 +128,8 @@ func TestBudgetOneAlwaysFits(t *testing.T) {
 		if _, ok := two.try(32*mib, false); ok {
 			t.Fatalf("budget %d: two requests fit", limit)
 		}
-		s, ok := b.asking().try(64*kib, true)
-		if !ok || s.of != reserve {
-			t.Fatalf("budget %d: a small request does not fit beside a large one", limit)
-		}
 		c := two.later(t, 32*mib, false)
 		one.release(l)
-		b.release(s)
 		two.release(await(t, c, "memory"))
 		b.release(lease{100 * mib, floor})
 		if n := b.inUse(); n != 0 {
@@ -163,33 +158,35 @@ func TestBudgetOrder(t *testing.T) {
 	holder.release(lease{10 * mib, general})
 	waits(t, c1)
 	waits(t, c2)
-	// Small ones pass by way of the reserve, until that is used up.
+	// Small ones pass by way of the reserve. Larger ones stop short of using
+	// it up, which leaves it to the smaller.
 	var small []lease
-	for range 10 * mib / (64 * kib) {
-		l, ok := b.asking().try(64*kib, true)
-		if !ok || l.of != reserve {
-			t.Fatal(l, ok)
+	for n := mib; n >= kib; n /= 4 {
+		before := len(small)
+		for {
+			l, ok := b.asking().try(n, true)
+			if !ok {
+				break
+			}
+			if l.of != reserve {
+				t.Fatal(l)
+			}
+			small = append(small, l)
 		}
-		small = append(small, l)
+		if len(small) == before {
+			t.Fatalf("larger ones keep out those of %d bytes", n)
+		}
 	}
-	late := b.asking()
-	if _, ok := late.try(64*kib, true); ok {
+	if b.used[reserve] > b.most[reserve] {
 		t.Fatal("more than the reserve")
 	}
-	c3 := late.later(t, 64*kib, true)
-	// A smaller small one may not overtake it.
+	c3 := b.asking().later(t, 64*kib, true)
+	waits(t, c3)
 	b.release(small[0])
 	l3 := await(t, c3, "the reserve")
 	if l3.of != reserve {
 		t.Fatal(l3)
 	}
-	c4 := b.asking().later(t, 64*kib, true)
-	b.release(lease{kib, reserve}) // of small[1]
-	if _, ok := b.asking().try(kib, true); ok {
-		t.Fatal("overtook an equal")
-	}
-	b.release(lease{63 * kib, reserve})
-	l4 := await(t, c4, "the reserve")
 	// Enough for the large one, and not a byte less.
 	holder.release(lease{30*mib - 1, general})
 	waits(t, c1)
@@ -199,7 +196,7 @@ func TestBudgetOrder(t *testing.T) {
 	holder.release(lease{2 * mib, general})
 	l2 := await(t, c2, "memory for the next")
 	holder.release(lease{all.n - 42*mib, general})
-	for _, l := range append(small[2:], l1, l2, l3, l4) {
+	for _, l := range append(small[1:], l1, l2, l3) {
 		b.release(l)
 	}
 	if n := b.inUse(); n != 0 {

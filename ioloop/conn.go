@@ -125,7 +125,7 @@ func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk, size int64) *conn {
 		c.name = a.String()
 	}
 	c.atRest, c.inPayload = c.onRest, c.onPayload
-	c.out.t, c.out.broken = c.t, make(chan struct{})
+	c.out.init(c.t)
 	c.lane = d.Machine.Lane(c.reopen, c.oldest)
 	return c
 }
@@ -140,8 +140,11 @@ func (c *conn) serve() error {
 			err = c.fill()
 		}
 	}
-	if c.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded) {
+	switch {
+	case c.stopping.Load() && errors.Is(err, os.ErrDeadlineExceeded):
 		err = errShutdown
+	case err != errDisconnect && err != io.EOF:
+		err = c.out.cause(err) // if it is we who closed it, why
 	}
 	c.close(err)
 	switch err {

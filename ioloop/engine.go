@@ -2,6 +2,7 @@ package ioloop
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net"
 	"slices"
@@ -181,6 +182,8 @@ func (e *Engine) acquire(w want, c *conn) (lease, bool) {
 	return e.budget.acquire(w, c.out.broken)
 }
 
+var errStalled = errors.New("the client has moved nothing for too long while others waited for the memory it held")
+
 // evictStalled disconnects, one at a time, clients that have moved nothing for
 // longer than the stall limit while others wait for memory.
 func (e *Engine) evictStalled(calm <-chan struct{}) {
@@ -192,17 +195,22 @@ func (e *Engine) evictStalled(calm <-chan struct{}) {
 			return
 		case <-tick.C:
 		}
-		var worst *conn
-		oldest := time.Now().Add(-e.stall).UnixNano()
-		for _, c := range e.all() {
-			if since := c.stalledSince(); since != 0 && since < oldest && e.budget.wanted(&c.held) {
-				worst, oldest = c, since
-			}
-		}
-		if worst != nil {
+		if c := e.longestStalled(time.Now().Add(-e.stall)); c != nil {
 			e.log.Warn("client disconnected: it has moved nothing for too long while others wait for the memory it holds",
-				zap.String("client", worst.name), zap.Int64("bytes", worst.held.Load()), zap.Duration("limit", e.stall))
-			worst.out.fail(net.ErrClosed)
+				zap.String("client", c.name), zap.Int64("bytes", c.held.Load()), zap.Duration("limit", e.stall))
+			c.out.fail(errStalled)
 		}
 	}
+}
+
+// longestStalled is the connection whose client has moved nothing for longest,
+// if that is since before limit and another connection waits for memory.
+func (e *Engine) longestStalled(limit time.Time) (worst *conn) {
+	oldest := limit.UnixNano()
+	for _, c := range e.all() {
+		if since := c.stalledSince(); since != 0 && since < oldest && e.budget.wanted(&c.held) {
+			worst, oldest = c, since
+		}
+	}
+	return worst
 }

@@ -38,6 +38,11 @@ type outgoing struct {
 	stalledSince atomic.Int64
 
 	scratch [maxSegments][]byte // of the sender
+	writer  func()              // write, bound once: that would be an allocation for each
+}
+
+func (o *outgoing) init(t transport) {
+	o.t, o.broken, o.writer = t, make(chan struct{}), o.write
 }
 
 // sendOwn sends seg for the receiving goroutine, which may reuse it if the
@@ -72,7 +77,7 @@ func (o *outgoing) sendOwn(seg segment) bool {
 	o.mu.Lock()
 	o.queue = slices.Insert(o.queue, 0, seg) // before what others have queued
 	o.mu.Unlock()
-	go o.write()
+	go o.writer()
 	return false
 }
 
@@ -98,7 +103,7 @@ func (o *outgoing) enqueue(segs ...segment) {
 // The caller is the sender.
 func (o *outgoing) pump() {
 	if !o.drain(false) {
-		go o.write()
+		go o.writer()
 	}
 }
 
@@ -188,6 +193,16 @@ func (o *outgoing) fail(err error) {
 	}
 	o.mu.Unlock()
 	_ = o.t.close()
+}
+
+// cause is why the connection is broken, or otherwise if it is not.
+func (o *outgoing) cause(otherwise error) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.err != nil {
+		return o.err
+	}
+	return otherwise
 }
 
 func freeSegments(segs []segment) {

@@ -232,7 +232,7 @@ func (t *task) run() {
 		}
 	}
 	err := t.perform()
-	if backend.SyncFailed(err) {
+	if err != nil && backend.SyncFailed(err) {
 		c.lane.Fault(err)
 	}
 	// Storage I/O has ended: from here on a transition need not wait for this

@@ -1,0 +1,167 @@
+package ioloop
+
+import (
+	"fmt"
+	"io"
+	"net"
+	"testing"
+
+	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// batchOps is how many requests the cheap client sends at once.
+const batchOps = 32
+
+// cheap is a client that costs next to nothing: it sends one and the same
+// batch of requests, and counts the bytes of the replies.
+type cheap struct {
+	nc       net.Conn
+	requests []byte
+	replies  []byte
+}
+
+func newCheap(r *rig, op Op, n int64) *cheap {
+	c := r.connect(&testCodec{})
+	k := &cheap{nc: c.nc}
+	size := repSize
+	if op == OpRead {
+		size += int(n)
+	}
+	for i := range int64(batchOps) {
+		b, _ := c.header(op, 0, i*37%batchOps*n, n)
+		k.requests = append(k.requests, b...)
+		if op == OpWrite {
+			k.requests = append(k.requests, contents[:n]...)
+		}
+		k.replies = append(k.replies, make([]byte, size)...)
+	}
+	return k
+}
+
+func (k *cheap) batch() error {
+	if _, err := k.nc.Write(k.requests); err != nil {
+		return err
+	}
+	_, err := io.ReadFull(k.nc, k.replies)
+	return err
+}
+
+// The fast path allocates nothing, in a batch of requests or alone. (What is
+// counted includes the client, which allocates nothing either.)
+func TestNoAllocations(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	for _, tmpfs := range []bool{true, false} {
+		for _, op := range []Op{OpRead, OpWrite} {
+			for _, n := range []int64{512, 4096, 32 << 10, 64 << 10, 256 << 10} {
+				t.Run(fmt.Sprintf("tmpfs=%v/%v/%d", tmpfs, op, n), func(t *testing.T) {
+					r := newRig(t, rigConfig{tmpfs: tmpfs, content: pattern(int(batchOps*n), 1)})
+					k := newCheap(r, op, n)
+					if op == OpWrite && n > 4096 {
+						// A client that sends before it reads needs replies
+						// that fit the socket, and these do.
+						k.requests = k.requests[:len(k.requests)/batchOps]
+						k.replies = k.replies[:repSize]
+					} else if n > 4096 {
+						k.requests, k.replies = k.requests[:reqSize], k.replies[:repSize+n]
+					}
+					if !tmpfs && op == OpWrite && n > 64<<10 {
+						t.Skip("goes to a worker")
+					}
+					for range 20 { // fills the pools
+						must(t, k.batch())
+					}
+					var failed error
+					if a := testing.AllocsPerRun(200, func() {
+						if err := k.batch(); err != nil {
+							failed = err
+						}
+					}); a != 0 {
+						t.Errorf("%v allocations for a batch", a)
+					}
+					must(t, failed)
+					if s := r.d.Stats(); s.Errors != 0 || s.Refused != 0 || s.Reads+s.Writes == 0 {
+						t.Errorf("%+v", s)
+					}
+				})
+			}
+		}
+	}
+}
+
+func benchOps(b *testing.B, op Op, n int64) {
+	r := newRig(b, rigConfig{tmpfs: true, content: pattern(int(batchOps*n), 1)})
+	k := newCheap(r, op, n)
+	must(b, k.batch())
+	b.ReportAllocs()
+	b.SetBytes(n)
+	b.ResetTimer()
+	for i := 0; i < b.N; i += batchOps {
+		must(b, k.batch())
+	}
+}
+
+// One operation is one request of a batch of 32 over a Unix socket, client
+// included.
+func BenchmarkRead4k(b *testing.B)  { benchOps(b, OpRead, 4096) }
+func BenchmarkWrite4k(b *testing.B) { benchOps(b, OpWrite, 4096) }
+
+// What asking the gate adds to the work of a 4k read or write on tmpfs, without
+// any socket: compare "with" and "without".
+func BenchmarkGateCost(b *testing.B) {
+	r := newRig(b, rigConfig{tmpfs: true, content: pattern(1<<20, 1)})
+	lane := r.m.Lane(nil, nil)
+	defer lane.Close()
+	buf := make([]byte, 4096)
+	var p backend.Plan
+	read := func(off int64) {
+		must(b, r.raw.Map(&p, off, 4096, 0))
+		must(b, fetch(r.raw, &p, buf, true))
+		r.raw.Unmap(&p)
+	}
+	write := func(off int64) {
+		must(b, r.raw.Prepare(&p, off, buf, 0))
+		_, err := p.Extents[0].File.TryWriteAt(buf, off)
+		must(b, err)
+		must(b, r.raw.Commit(&p))
+	}
+	b.Run("alone", func(b *testing.B) {
+		for range b.N {
+			if lane.Enter(state.Mutate) != state.Admitted {
+				b.Fatal("refused")
+			}
+			lane.Leave()
+		}
+	})
+	b.Run("read/without", func(b *testing.B) {
+		for i := range b.N {
+			read(int64(i%256) * 4096)
+		}
+	})
+	b.Run("read/with", func(b *testing.B) {
+		for i := range b.N {
+			g := lane.EnterRead()
+			if lane.Stopping() {
+				b.Fatal("stopping")
+			}
+			read(int64(i%256) * 4096)
+			lane.LeaveRead(g)
+		}
+	})
+	b.Run("write/without", func(b *testing.B) {
+		for i := range b.N {
+			write(int64(i%256) * 4096)
+		}
+	})
+	b.Run("write/with", func(b *testing.B) {
+		for i := range b.N {
+			if lane.Enter(state.Mutate) != state.Admitted {
+				b.Fatal("refused")
+			}
+			write(int64(i%256) * 4096)
+			lane.Leave()
+		}
+	})
+}
