@@ -702,9 +702,12 @@ func TestWatch(t *testing.T) {
 		close(out)
 		noError(t, finished(t, "inactivate", off))
 		check(t, "state", r.states()+": "+errText(m.Status().LastError), "inactive: owner record has epoch 9")
+		img.on("Check", nil)
+		noError(t, r.activate())
+		noError(t, r.inactivate())
+		check(t, "last error", errText(m.Status().LastError), "ok")
 
 		// Stop while a check is stuck: what it finds is not lost.
-		img.on("Check", nil)
 		noError(t, r.activate())
 		out = make(chan struct{})
 		img.on("Check", func() error { <-out; return errSync })

@@ -523,20 +523,28 @@ func (w *world) release(i int) {
 	}
 }
 
-// end lets everything go, so that all tasks end.
+// end lets everything go, one after the other, so that all tasks end.
 func (w *world) end() {
+	rest := func() {
+		w.run()
+		synctest.Wait()
+	}
+	rest()
 	for i, x := range w.m {
 		w.release(i)
-		for ; x.others > 0; x.others-- {
+		rest()
+		for x.others > 0 {
+			x.others--
 			w.r.lanes[i].Leave()
+			rest()
 		}
-		for _, r := range x.reads {
-			w.r.lanes[i].LeaveRead(r.generation)
+		for len(x.reads) > 0 {
+			g := x.reads[0].generation
+			x.reads = x.reads[1:]
+			w.r.lanes[i].LeaveRead(g)
+			rest()
 		}
-		x.reads = nil
 	}
-	w.run()
-	synctest.Wait()
 }
 
 func TestModel(t *testing.T) {

@@ -10,60 +10,69 @@ import (
 	"time"
 )
 
+// crowd runs f in n goroutines, on more threads than there are processors, so
+// that they are interrupted between any two instructions, until the function
+// it returns is called.
+func crowd(n int, f func()) (end func()) {
+	procs := runtime.GOMAXPROCS(runtime.NumCPU() + n)
+	var over atomic.Bool
+	var wg sync.WaitGroup
+	for range n {
+		wg.Go(func() {
+			for !over.Load() {
+				f()
+			}
+		})
+	}
+	return func() {
+		over.Store(true)
+		wg.Wait()
+		runtime.GOMAXPROCS(procs)
+	}
+}
+
 // TestGateKeepsWritersOut: whatever is admitted, on lanes that come and go,
 // is out when drain returns, and nobody comes in until the gate opens.
 func TestGateKeepsWritersOut(t *testing.T) {
 	m := NewMachine(newFake("a", 1, nil), Options{})
 	g := m.gate
 	g.set(modeOpen, nil)
-	var inside, admitted atomic.Int64
-	var closed, over atomic.Bool
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for !over.Load() {
-				l := m.Lane(nil, nil)
-				var users sync.WaitGroup
-				for range 3 {
-					users.Go(func() {
-						for range 20 {
-							if l.Enter(Mutate) != Admitted {
-								runtime.Gosched()
-								continue
-							}
-							inside.Add(1)
-							admitted.Add(1)
-							if closed.Load() {
-								t.Error("admitted through a closed gate")
-							}
-							runtime.Gosched()
-							if closed.Load() {
-								t.Error("drained over a request's head")
-							}
-							inside.Add(-1)
-							l.Leave()
-						}
-					})
-				}
-				users.Wait()
-				l.Close()
+	var admitted, bad atomic.Int64
+	var closed atomic.Bool
+	end := crowd(8, func() {
+		l := m.Lane(nil, nil)
+		defer l.Close()
+		n := int64(0)
+		for range 5000 {
+			if l.Enter(Mutate) != Admitted {
+				continue
 			}
-		})
-	}
-	for range 2000 {
+			n++
+			if closed.Load() || closed.Load() {
+				bad.Add(1)
+			}
+			l.Leave()
+		}
+		admitted.Add(n)
+	})
+	defer end()
+	const phase = 2 * time.Millisecond // so that who was interrupted goes on
+	for start := time.Now(); time.Since(start) < time.Second && bad.Load() == 0; {
 		g.set(modeHeld, nil)
 		g.drain(time.Hour, nil)
 		closed.Store(true)
-		if n := inside.Load(); n != 0 {
-			t.Fatalf("%d requests inside a drained gate", n)
+		for since := time.Now(); time.Since(since) < phase; {
+			runtime.Gosched()
 		}
-		runtime.Gosched()
 		closed.Store(false)
 		g.set(modeOpen, nil)
-		runtime.Gosched()
+		for since := time.Now(); time.Since(since) < phase; {
+			runtime.Gosched()
+		}
 	}
-	over.Store(true)
-	wg.Wait()
+	if bad.Load() != 0 {
+		t.Error("a request was admitted through a closed gate, or drained over")
+	}
 	if admitted.Load() == 0 {
 		t.Error("nothing was admitted")
 	}
@@ -72,42 +81,46 @@ func TestGateKeepsWritersOut(t *testing.T) {
 // TestSynchronizeWaitsForReaders: after synchronize nobody uses the view that
 // was replaced before it, while reads never wait.
 func TestSynchronizeWaitsForReaders(t *testing.T) {
+	type numbered struct {
+		n      uint32
+		closed atomic.Bool
+	}
 	m := NewMachine(newFake("a", 1, nil), Options{})
-	var current atomic.Pointer[view]
-	current.Store(new(view))
-	var over atomic.Bool
-	var reads atomic.Int64
-	var wg sync.WaitGroup
-	for range 4 {
-		wg.Go(func() {
-			for !over.Load() {
-				l := m.Lane(nil, nil)
-				var users sync.WaitGroup
-				for range 3 {
-					users.Go(func() {
-						for range 20 {
-							g := l.EnterRead()
-							current.Load().use(runtime.Gosched)
-							l.LeaveRead(g)
-							reads.Add(1)
-						}
-					})
-				}
-				users.Wait()
-				l.Close()
+	var current atomic.Pointer[numbered]
+	current.Store(new(numbered))
+	var over atomic.Uint32 // synchronize has returned for this view
+	var reads, closed, uncounted atomic.Int64
+	end := crowd(16, func() {
+		l := m.Lane(nil, nil)
+		defer l.Close()
+		for range 2000 {
+			g := l.EnterRead()
+			v := current.Load()
+			if v.n%2 != g && over.Load() >= v.n {
+				// Nobody will wait for this read before closing v.
+				uncounted.Add(1)
 			}
-		})
-	}
-	for range 2000 {
-		old := current.Swap(new(view))
+			if v.closed.Load() {
+				closed.Add(1)
+			}
+			reads.Add(1)
+			l.LeaveRead(g)
+		}
+	})
+	defer end()
+	start := time.Now()
+	for n := uint32(1); time.Since(start) < time.Second && closed.Load()+uncounted.Load() == 0; n++ {
+		seen := reads.Load()
+		old := current.Swap(&numbered{n: n})
 		m.gate.synchronize(time.Hour, nil)
-		old.close() // panics if it is used
-		runtime.Gosched()
+		over.Store(n)
+		old.closed.Store(true)
+		for since := time.Now(); reads.Load() == seen || time.Since(since) < 5*time.Millisecond; {
+			runtime.Gosched()
+		}
 	}
-	over.Store(true)
-	wg.Wait()
-	if reads.Load() == 0 {
-		t.Error("nothing was read")
+	if closed.Load()+uncounted.Load() != 0 {
+		t.Errorf("reads of a closed view: %d, reads nobody waits for: %d", closed.Load(), uncounted.Load())
 	}
 }
 
