@@ -1,5 +1,6 @@
 # make demo    runs the main job: two exporters, one image, ownership handed over
 # make test    everything a change has to pass; installs what it needs by apt
+# make bench   figures beside qemu-nbd and nbdkit, for docs/BENCHMARKS.md
 
 GO          ?= go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
@@ -14,7 +15,7 @@ export NBD_EXPORT := $(CURDIR)/$(BIN)
 FUZZTIME ?= 5s
 SOAK     ?= 5m
 
-.PHONY: all build demo test peers lint cross unit race fuzz integration soak clean
+.PHONY: all build demo test peers lint cross unit race fuzz integration soak bench bench-quick clean
 
 all: build
 
@@ -71,6 +72,17 @@ soak: peers build
 	NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -timeout 3h ./...
 	cd integration && NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -p 1 -timeout 3h ./...
 	$(MAKE) fuzz FUZZTIME=$(SOAK)
+
+# Half an hour in which the machine should do nothing else. BENCHFLAGS=-list and
+# the like are for bench/compare.
+bench: peers build
+	$(GO) build -o bin/compare ./bench/compare
+	bin/compare $(BENCHFLAGS)
+
+# Under three minutes; writes below bin/ and decides nothing.
+bench-quick: peers build
+	$(GO) build -o bin/compare ./bench/compare
+	bin/compare -quick $(BENCHFLAGS)
 
 clean:
 	rm -rf bin integration/.cache

@@ -1,0 +1,176 @@
+package main
+
+import (
+	"encoding/xml"
+	"errors"
+	"flag"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nbd-export/nbd-export/bench"
+)
+
+var update = flag.Bool("update", false, "write what tests compare with anew")
+
+// rounded gives a server's figures of one round in a cell.
+func rounded(c cell, server string, round int, ops, cpu float64) sample {
+	r := &bench.Result{
+		Total:     bench.Stats{Ops: int64(ops), OpsPerSec: ops, P50Micros: 1e6 / ops, P99Micros: 3e6 / ops},
+		ClientCPU: bench.CPU{MicrosPerOp: 1.25, Cores: 1.25 * ops / 1e6},
+		ServerCPU: &bench.CPU{MicrosPerOp: cpu, Cores: cpu * ops / 1e6},
+		ServerRSS: 12 << 20,
+	}
+	return sample{Cell: c.ID(), Server: server, Round: round, Own: 5 << 20, Result: r}
+}
+
+// testReport has a cell that is met, one whose best peers differ and that is
+// missed by half, one near its goal, a cold one that was not, and one that failed.
+func testReport() *report {
+	rep := &report{
+		When: time.Date(2026, 11, 23, 1, 2, 3, 0, time.UTC), Rounds: 7, CellTime: time.Second, Image: 1 << 30,
+		Cells:    []cell{goals[0], goals[2], goals[12], goals[20], goals[21]},
+		Servers:  []string{programLimit, programOurs, "qemu-nbd/threads", "qemu-nbd/io_uring", programNbdkit},
+		Commands: []string{"nbd-export serve -f raw -k $SOCKET $IMAGE", "nbdkit -f -U $SOCKET file $IMAGE"},
+		Machine: machine{
+			Kernel: "6.18.0 x86_64", CPU: "A Processor", Cores: 2, Memory: 24 << 30, WmemMax: deepBuffer, DiskFS: "ext4", Go: "go1.26.8",
+			Versions: map[string]string{programOurs: "nbd-export 1", programQEMU: "qemu-nbd 10", programNbdkit: "nbdkit 1", "fio": "fio-3"},
+		},
+	}
+	add := func(c cell, server string, ops, cpu float64) {
+		for round := range rep.Rounds {
+			drift := 1 + 0.02*float64((round*3+len(server))%7)
+			rep.Samples = append(rep.Samples, rounded(c, server, round, ops*drift, cpu/drift))
+		}
+	}
+	for i, c := range rep.Cells[:4] {
+		add(c, programOurs, []float64{560e3, 34e3, 335e3, 40e3}[i], []float64{1.6, 15, 2.9, 18}[i])
+		add(c, "qemu-nbd/threads", 15e3, 80)
+		add(c, "qemu-nbd/io_uring", []float64{49e3, 20e3, 31e3, 18e3}[i], []float64{28, 35, 42, 60}[i])
+		add(c, programNbdkit, []float64{122e3, 18e3, 54e3, 33e3}[i], []float64{8.8, 24, 19, 40}[i])
+	}
+	add(rep.Cells[0], programLimit, 593e3, 1.6)
+	cold, warm := 0.0, 0.25
+	for i := range rep.Samples {
+		if rep.Samples[i].Cell == rep.Cells[3].ID() {
+			rep.Samples[i].Resident = &cold
+		}
+	}
+	rep.Samples[len(rep.Samples)-8].Resident = &warm
+	rep.Samples = append(rep.Samples, sample{Cell: rep.Cells[4].ID(), Server: programOurs, Err: "connection\nreset"})
+	rep.Checks = []check{
+		{checkCells[0].cell, programLimit, []side{{600e3, 1, 0.6}, {610e3, 1, 0.6}}, []side{{100e3, 9, 0.9}, {101e3, 9, 0.9}}},
+		{checkCells[1].cell, delayed.name, []side{{4000, 9, 0.04}, {4100, 9, 0.04}}, []side{{3900, 19, 0.07}, {4100, 19, 0.07}}},
+		{checkCells[3].cell, "qemu-nbd/io_uring", []side{{4000, 9, 0.04}}, []side{{3000, 19, 0.07}}},
+	}
+	return rep
+}
+
+func TestResults(t *testing.T) {
+	r := testReport().results()
+	if v := r[0].ops; v.peer != programNbdkit || v.Median < 4 || !v.met() {
+		t.Errorf("%+v", v)
+	}
+	// The best peer of each figure, not of the program.
+	if r[1].ops.peer != "qemu-nbd/io_uring" || r[1].cpu.peer != programNbdkit {
+		t.Errorf("%+v %+v", r[1].ops, r[1].cpu)
+	}
+	if len(r[4].failed) != 1 || r[4].ops.known() || r[4].ops.met() {
+		t.Errorf("%+v", r[4])
+	}
+	if n := testReport().failed(); n != 1 {
+		t.Error(n)
+	}
+	lonely := testReport()
+	lonely.Samples = lonely.Samples[:7]
+	if v := lonely.results()[0].ops; v.known() || v.peer != "" {
+		t.Errorf("a ratio to nobody: %+v", v)
+	}
+}
+
+func TestStockGoal(t *testing.T) {
+	for _, c := range goals {
+		if c.StockOps == 0 {
+			continue
+		}
+		if ops, cpu := c.goal(212992); ops != c.StockOps || cpu != c.StockCPU {
+			t.Error(c.ID(), ops, cpu)
+		}
+		if ops, cpu := c.goal(deepBuffer); ops != c.Ops || cpu != c.CPU {
+			t.Error(c.ID(), ops, cpu)
+		}
+		return
+	}
+	t.Error("no cell has a goal for small buffers")
+}
+
+// TestGolden compares the report and the plot with what they were;
+// go test ./bench/compare -update writes them anew.
+func TestGolden(t *testing.T) {
+	dir := t.TempDir()
+	raw := filepath.Join(dir, "raw", "figures.json")
+	rep := testReport()
+	if err := rep.save(raw); err != nil {
+		t.Fatal(err)
+	}
+	rep, err := loadReport(raw)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := rep.write(dir); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{reportName, plotName} {
+		got, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		golden := filepath.Join("testdata", name)
+		if *update {
+			if err := errors.Join(os.MkdirAll("testdata", 0o755), os.WriteFile(golden, got, 0o644)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		want, err := os.ReadFile(golden)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if string(got) != string(want) {
+			t.Errorf("%s is not as in testdata; see -update:\n%s", name, got)
+		}
+	}
+}
+
+func TestPlotIsXML(t *testing.T) {
+	rep := testReport()
+	rep.Machine.DiskFS = `<&">`
+	d := xml.NewDecoder(strings.NewReader(rep.plot(rep.results())))
+	for {
+		_, err := d.Token()
+		if err == io.EOF {
+			return
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestNumbers(t *testing.T) {
+	for x, want := range map[float64]string{
+		0: "0", 12.4: "12", 999.4: "999", 999.5: "1,000", 4812: "4,812", 9999.4: "9,999", 9999.6: "10.0k", 99949: "99.9k",
+		99950: "100k", 501e3: "501k", 1.5e6: "1500k",
+	} {
+		if got := count(x); got != want {
+			t.Errorf("%v: %s, want %s", x, got, want)
+		}
+	}
+	for x, want := range map[float64]string{0: "0.00", 1.904: "1.90", 9.996: "10.0", 35.71: "35.7", 99.96: "100", 553: "553", 1247: "1,247"} {
+		if got := micros(x); got != want {
+			t.Errorf("%v: %s, want %s", x, got, want)
+		}
+	}
+}
