@@ -130,9 +130,7 @@ func (s *Signals) loop() {
 			case <-s.closed: // the stop was quicker
 				return
 			}
-			timer := time.AfterFunc(time.Second, func() { s.exit(1) }) // even if nobody reads the log
 			s.lastWords(sig)
-			timer.Stop()
 			s.exit(1)
 		}
 	}
@@ -154,6 +152,7 @@ func (s *Signals) lastWords(sig os.Signal) {
 			owned = append(owned, t.Image.Info().Path)
 		}
 	}
+	defer func() { _ = log.Sync() }()
 	if len(owned) == 0 {
 		log.Warn(text, zap.Stringer("signal", sig))
 		return

@@ -19,7 +19,6 @@ type fakeSocket struct {
 	wake    sync.Cond
 	room    int
 	closed  bool
-	calls   int // in send
 	sending bool
 	failing error // of the next call
 	rnd     *rand.Rand

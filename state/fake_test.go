@@ -2,7 +2,6 @@ package state
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
 	"runtime"
@@ -33,7 +32,7 @@ var (
 	errIO    = &testError{text: "no space left on device"}
 	errSync  = &testError{text: "fdatasync: input/output error", sync: true}
 	errFence = &testError{text: "owner record has epoch 9", fenced: true}
-	errBusy  = errors.New(`Failed to get "write" lock`)
+	errBusy  = &testError{text: `Failed to get "write" lock`}
 )
 
 // trace records the calls to a set of images.

@@ -48,7 +48,7 @@ func TestGateKeepsWritersOut(t *testing.T) {
 				continue
 			}
 			n++
-			if closed.Load() || closed.Load() {
+			if closed.Load() {
 				bad.Add(1)
 			}
 			l.Leave()

@@ -185,7 +185,6 @@ func TestEveryEventOnAMachine(t *testing.T) {
 					t.Errorf("error is about %v %v %v", oe.Image, oe.Order, oe.State)
 				}
 
-				got := p.outcome
 				switch {
 				case p.outcome == "no" && e == OrderStop:
 					// Stop outlives a transition instead of being refused.
@@ -212,7 +211,7 @@ func TestEveryEventOnAMachine(t *testing.T) {
 					}
 				default:
 					// Transitional states have passed by now.
-					got = "> " + map[string]string{
+					got := "> " + map[string]string{
 						"activating": "active", "inactivating": "inactive",
 					}[strings.TrimPrefix(p.outcome, "> ")]
 					if got == "> " {

@@ -106,7 +106,7 @@ last write or flush failed.`,
 			i.Path, i.Format = args[0], format.value
 			i.Cache, i.Locking = backend.CacheMode(cache.value), backend.LockingMode(locking.value)
 			i.DropCache = backend.DropCacheMode(dropCache.value)
-			log, err := control.NewLogger(os.Stderr, logLevel.value, logFormat.value)
+			log, err := control.NewLogger(control.NewLines(os.Stderr), logLevel.value, logFormat.value)
 			if err != nil {
 				return usageError{err}
 			}
@@ -143,6 +143,7 @@ func serve(opt daemonOptions, images []imageOptions, signals *control.Signals, l
 	if signals == nil {
 		signals = control.CatchSignals()
 	}
+	defer func() { _ = log.Sync() }() // before the last words
 	defer signals.Close()
 	d := newDaemon(opt, log)
 	defer func() { err = errors.Join(err, d.close()) }()
