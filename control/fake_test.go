@@ -37,22 +37,23 @@ func call(f func() error) error {
 	return f()
 }
 
-func (f *fakeImage) Info() backend.Info          { return f.info }
-func (f *fakeImage) Size() int64                 { return 1 << 20 }
-func (f *fakeImage) Key() (uint64, uint64)       { return 1, f.ino }
-func (f *fakeImage) Name() string                { return f.info.Path }
-func (f *fakeImage) Settle() error               { return call(f.settle) }
-func (f *fakeImage) Unsettle() error             { return call(f.unsettle) }
-func (f *fakeImage) PublishInactive()            {}
-func (f *fakeImage) Release() error              { return call(f.release) }
-func (f *fakeImage) Acquire() error              { return call(f.acquire) }
-func (f *fakeImage) Load(ifUnchanged bool) error { return nil }
-func (f *fakeImage) PublishActive()              {}
-func (f *fakeImage) Withdraw()                   {}
-func (f *fakeImage) Retire()                     {}
-func (f *fakeImage) Check() error                { return nil }
-func (f *fakeImage) Abandon() error              { return nil }
-func (f *fakeImage) Close() error                { return nil }
+func (f *fakeImage) Info() backend.Info               { return f.info }
+func (f *fakeImage) Size() int64                      { return 1 << 20 }
+func (f *fakeImage) Key() (uint64, uint64)            { return 1, f.ino }
+func (f *fakeImage) Name() string                     { return f.info.Path }
+func (f *fakeImage) Settle() error                    { return call(f.settle) }
+func (f *fakeImage) Unsettle() error                  { return call(f.unsettle) }
+func (f *fakeImage) PublishInactive()                 {}
+func (f *fakeImage) Release() error                   { return call(f.release) }
+func (f *fakeImage) Acquire() error                   { return call(f.acquire) }
+func (f *fakeImage) Load(ifUnchanged bool) error      { return nil }
+func (f *fakeImage) Claim(own uint64) (uint64, error) { return own + 1, nil }
+func (f *fakeImage) PublishActive()                   {}
+func (f *fakeImage) Withdraw()                        {}
+func (f *fakeImage) Retire()                          {}
+func (f *fakeImage) Check() error                     { return nil }
+func (f *fakeImage) Abandon() error                   { return nil }
+func (f *fakeImage) Close() error                     { return nil }
 func (f *fakeImage) SyncAhead(ctx context.Context) error {
 	if f.syncAhead == nil {
 		return nil

@@ -14,12 +14,12 @@ type ActivateOptions struct {
 
 // Activate makes this process the owner of all images of ms, or of none.
 // Active images stay as they are; an activation under way is joined. It
-// returns an *OrderError where a state forbids it, and otherwise what Acquire
-// or Load said; then every image is inactive as before and holds nothing. ctx
+// returns an *OrderError where a state forbids it, and otherwise what Acquire,
+// Load or Claim said; then every image is inactive as before and holds nothing. ctx
 // cancels until the last lock is taken.
 //
 // Pipeline, for the whole group step by step: lock all (in key order) -> load
-// all -> publish all (from here on active) -> retire the old views.
+// all -> claim all -> publish all (from here on active) -> retire the old views.
 func Activate(ctx context.Context, opt ActivateOptions, ms ...*Machine) error {
 	op, err := begin(ctx, OrderActivate, StepLock, ms)
 	if op == nil {
@@ -39,6 +39,13 @@ func Activate(ctx context.Context, opt ActivateOptions, ms ...*Machine) error {
 	if err == nil {
 		op.step(StepLoad)
 		bad, err = op.each(func(m *Machine) error { return m.img.Load(opt.IfUnchanged) })
+	}
+	if err == nil {
+		op.step(StepClaim)
+		bad, err = op.each(func(m *Machine) (err error) {
+			m.claimed, err = m.img.Claim(m.Status().Epoch)
+			return err
+		})
 	}
 	if err != nil {
 		err = fmt.Errorf("cannot activate image %s: %w", bad.name, err)

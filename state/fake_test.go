@@ -86,6 +86,7 @@ func (v *view) use(f func()) {
 // share it.
 type disk struct {
 	owner atomic.Pointer[fakeImage]
+	epoch atomic.Uint64 // owner record
 	mu    sync.Mutex
 	data  map[int]bool // durable writes
 }
@@ -112,8 +113,10 @@ type fakeImage struct {
 
 	// Of transition methods only.
 	acquired, loaded, settled, closed bool
-	abandoned, published              bool // published: the other view is in place
-	ifUnchanged                       bool // as the last Load was told
+	claimed                           bool
+	before                            uint64 // epoch in the record before the claim
+	abandoned, published              bool   // published: the other view is in place
+	ifUnchanged                       bool   // as the last Load was told
 	next, old                         *view
 
 	current atomic.Pointer[view]
@@ -273,7 +276,7 @@ func (f *fakeImage) Release() error {
 	f.old.close()
 	f.old, f.next = nil, nil
 	f.must(f.disk.owner.CompareAndSwap(f, nil), "Release without the lock")
-	f.acquired, f.loaded, f.settled, f.abandoned, f.published = false, false, false, false, false
+	f.acquired, f.loaded, f.claimed, f.settled, f.abandoned, f.published = false, false, false, false, false, false
 	f.noChecks.Store(false)
 	return err
 }
@@ -302,10 +305,22 @@ func (f *fakeImage) Load(ifUnchanged bool) error {
 	return err
 }
 
+func (f *fakeImage) Claim(own uint64) (uint64, error) {
+	defer f.leave()
+	err := f.enter("Claim")
+	f.must(f.owns() && f.loaded && !f.claimed, "Claim before Load")
+	if err != nil {
+		return 0, err
+	}
+	f.before, f.claimed = f.disk.epoch.Load(), true
+	f.disk.epoch.Store(max(f.before, own) + 1)
+	return f.disk.epoch.Load(), nil
+}
+
 func (f *fakeImage) PublishActive() {
 	defer f.leave()
 	_ = f.enter("PublishActive")
-	f.must(f.loaded, "PublishActive before Load")
+	f.must(f.claimed, "PublishActive before Claim")
 	f.old = f.current.Swap(f.next)
 	f.next = nil
 	f.frozen.Store(false)
@@ -315,8 +330,11 @@ func (f *fakeImage) Withdraw() {
 	defer f.leave()
 	_ = f.enter("Withdraw")
 	f.must(f.acquired && f.old == nil, "Withdraw of what is not acquired")
+	if f.claimed {
+		f.disk.epoch.Store(f.before)
+	}
 	f.must(f.disk.owner.CompareAndSwap(f, nil), "Withdraw without the lock")
-	f.acquired, f.loaded, f.next = false, false, nil
+	f.acquired, f.loaded, f.claimed, f.next = false, false, false, nil
 }
 
 func (f *fakeImage) Retire() {

@@ -40,9 +40,14 @@ type Image interface {
 	// Load reads and checks everything anew under the locks. With ifUnchanged
 	// it fails with ErrModified if the image is not as this process left it.
 	Load(ifUnchanged bool) error
+	// Claim makes it known that this process owns the image from now on, once
+	// every image of the group is loaded, and returns the epoch of that
+	// ownership: higher than own, the last that this process had, and than any
+	// other process is known to have had.
+	Claim(own uint64) (epoch uint64, err error)
 	// PublishActive makes what was loaded the current view.
 	PublishActive()
-	// Withdraw undoes Acquire and Load.
+	// Withdraw undoes Acquire, Load and Claim, also one that failed.
 	Withdraw()
 	// Retire closes the old read-only view, when no request uses it any more.
 	Retire()

@@ -47,6 +47,7 @@ const (
 const (
 	StepLock    Step = "lock"
 	StepLoad    Step = "load"
+	StepClaim   Step = "claim"
 	StepPublish Step = "publish"
 	StepRetire  Step = "retire"
 )
@@ -82,7 +83,7 @@ type Transition struct {
 type Status struct {
 	Image string
 	State State
-	Epoch uint64    // activations so far
+	Epoch uint64    // of the last activation (Image.Claim), 0 before the first
 	Since time.Time // when State was reached
 	// Step and StepSince are set while a transition is under way.
 	Step      Step
@@ -104,6 +105,8 @@ type Machine struct {
 	// owned: the image is acquired and not released. Used only by the
 	// operation under way.
 	owned bool
+	// claimed is the epoch of the activation under way, from StepClaim on.
+	claimed uint64
 
 	mu struct {
 		sync.Mutex
@@ -270,7 +273,7 @@ func (m *Machine) applyLocked(ev Event, err error) (t Transition, wake []func())
 	m.mu.state, m.mu.since = c.next, time.Now()
 	switch ev {
 	case Published:
-		m.mu.epoch++
+		m.mu.epoch = m.claimed
 		m.mu.lastErr = nil
 	case Released:
 		err = joinErrors(err, m.mu.late)

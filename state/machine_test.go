@@ -138,7 +138,7 @@ func TestStuckRead(t *testing.T) {
 			t.Errorf("while a read uses the old view: %+v", st)
 		}
 		check(t, "gates", r.gates(), "AAA AAA")
-		check(t, "calls", strings.Join(strings.Fields(r.trace.take())[4:], " "), "a.PublishActive b.PublishActive")
+		check(t, "calls", strings.Join(strings.Fields(r.trace.take())[4:], " "), "a.Claim b.Claim a.PublishActive b.PublishActive")
 		noError(t, r.activate()) // it is active: nothing to do
 		for range 3 {
 			l.LeaveRead(l.EnterRead())
@@ -310,7 +310,7 @@ func TestGroupsAreAllOrNone(t *testing.T) {
 	noError(t, r.activate(1)) // one is already there
 	noError(t, r.activate())
 	check(t, "states", r.states(), "active active active")
-	check(t, "calls", r.trace.take(), "b.Acquire b.Load b.PublishActive b.Retire a.Acquire c.Acquire a.Load c.Load "+
+	check(t, "calls", r.trace.take(), "b.Acquire b.Load b.Claim b.PublishActive b.Retire a.Acquire c.Acquire a.Load c.Load a.Claim c.Claim "+
 		"a.PublishActive c.PublishActive a.Retire c.Retire")
 	noError(t, r.inactivate(2))
 	r.lanes[1].Fault(errSync)
@@ -524,6 +524,7 @@ func TestNothingBlocksStatus(t *testing.T) {
 	}{
 		{"Acquire", Inactive, func(r *rig) error { return r.activate() }},
 		{"Load", Inactive, func(r *rig) error { return r.activate() }},
+		{"Claim", Inactive, func(r *rig) error { return r.activate() }},
 		{"PublishActive", Inactive, func(r *rig) error { return r.activate() }},
 		{"Retire", Inactive, func(r *rig) error { return r.activate() }},
 		{"Settle", Active, func(r *rig) error { return r.inactivate() }},
@@ -577,7 +578,7 @@ func TestNothingBlocksStatus(t *testing.T) {
 			l.Fault(errSync)
 			noError(t, Abandon(ctx, m))
 			noError(t, Stop(m))
-			check(t, "callbacks", fmt.Sprint(calls), "map[observe:6 oldest:1 reopen:7 slow:1 step:15]")
+			check(t, "callbacks", fmt.Sprint(calls), "map[observe:6 oldest:1 reopen:7 slow:1 step:17]")
 		})
 	})
 }
@@ -633,6 +634,29 @@ func TestTransitionsAreReported(t *testing.T) {
 		noError(t, Stop(m))
 		take("a stop: inactive -> closed, epoch 2, 0s, <nil>")
 	})
+}
+
+// The epoch is what the claim says, higher than that of any owner there was,
+// and a group that is not claimed as a whole leaves all as they were.
+func TestEpoch(t *testing.T) {
+	r := newRig(t, Options{}, "a", "b")
+	epochs := func(what, want string) {
+		t.Helper()
+		check(t, what, fmt.Sprint(r.ms[0].Status().Epoch, r.ms[1].Status().Epoch, ", recorded ",
+			r.imgs[0].disk.epoch.Load(), r.imgs[1].disk.epoch.Load()), want)
+	}
+	noError(t, r.activate())
+	noError(t, r.inactivate())
+	epochs("at first", "1 1, recorded 1 1")
+	r.imgs[0].disk.epoch.Store(41)
+	r.imgs[1].disk.epoch.Store(0) // lost: what this process knows counts
+	r.imgs[1].failNext("Claim", errIO)
+	if err := r.activate(); !errors.Is(err, errIO) {
+		t.Error(err)
+	}
+	epochs("not claimed", "1 1, recorded 41 0")
+	noError(t, r.activate())
+	epochs("claimed", "42 2, recorded 42 2")
 }
 
 func TestWatch(t *testing.T) {

@@ -307,7 +307,7 @@ func (w *world) activate(op *modelOp, b block) string {
 		w.m[i].state = Activating
 	}
 	err, acquired := "", 0
-	for _, method := range []string{"Acquire", "Load"} {
+	for _, method := range []string{"Acquire", "Load", "Claim"} {
 		for _, i := range op.ms {
 			if err == "" {
 				err = w.call(i, method)
@@ -609,7 +609,7 @@ func TestModel(t *testing.T) {
 				"fail": func(rt *rapid.T) {
 					i := one.Draw(rt, "machine")
 					method := rapid.SampledFrom([]string{
-						"Acquire", "Load", "SyncAhead", "Settle", "Settle", "Unsettle", "Release", "Abandon", "Close",
+						"Acquire", "Load", "Claim", "SyncAhead", "Settle", "Settle", "Unsettle", "Release", "Abandon", "Close",
 					}).Draw(rt, "method")
 					how := rapid.SampledFrom([]*testError{errIO, errSync, errFence}).Draw(rt, "how")
 					r.imgs[i].failNext(method, how)

@@ -246,7 +246,7 @@ func (p *process) took() bool {
 // over.
 func (p *process) orders(n int, seed uint64, over func() bool) {
 	rnd := rand.New(rand.NewPCG(seed, 7))
-	methods := []string{"Settle", "Unsettle", "Acquire", "Load", "Release", "SyncAhead", "Abandon", "Check"}
+	methods := []string{"Settle", "Unsettle", "Acquire", "Load", "Claim", "Release", "SyncAhead", "Abandon", "Check"}
 	errs := []error{errIO, errIO, errSync, errFence}
 	ctx := context.Background()
 	count := func(what string, err error) {

@@ -93,7 +93,7 @@ func (c stepCase) run(t *testing.T, from State, order func(ms ...*Machine) error
 func TestActivateSteps(t *testing.T) {
 	for _, c := range []stepCase{
 		{"", "ok",
-			"a.Acquire b.Acquire c.Acquire a.Load b.Load c.Load " +
+			"a.Acquire b.Acquire c.Acquire a.Load b.Load c.Load a.Claim b.Claim c.Claim " +
 				"a.PublishActive b.PublishActive c.PublishActive a.Retire b.Retire c.Retire",
 			"active active active", "AAA AAA AAA", "a:published b:published c:published"},
 		{"a.Acquire=busy", `cannot activate image a: Failed to get "write" lock`,
@@ -110,6 +110,12 @@ func TestActivateSteps(t *testing.T) {
 			"inactive inactive inactive", "RRN RRN RRN", "a:activate-failed! b:activate-failed! c:activate-failed!"},
 		{"c.Load=io", "cannot activate image c: no space left on device",
 			"a.Acquire b.Acquire c.Acquire a.Load b.Load c.Load a.Withdraw b.Withdraw c.Withdraw",
+			"inactive inactive inactive", "RRN RRN RRN", "a:activate-failed! b:activate-failed! c:activate-failed!"},
+		{"a.Claim=io", "cannot activate image a: no space left on device",
+			"a.Acquire b.Acquire c.Acquire a.Load b.Load c.Load a.Claim a.Withdraw b.Withdraw c.Withdraw",
+			"inactive inactive inactive", "RRN RRN RRN", "a:activate-failed! b:activate-failed! c:activate-failed!"},
+		{"c.Claim=io", "cannot activate image c: no space left on device",
+			"a.Acquire b.Acquire c.Acquire a.Load b.Load c.Load a.Claim b.Claim c.Claim a.Withdraw b.Withdraw c.Withdraw",
 			"inactive inactive inactive", "RRN RRN RRN", "a:activate-failed! b:activate-failed! c:activate-failed!"},
 		// A repair's failed sync: nothing of ours was acknowledged, so there is nothing to keep.
 		{"b.Load=sync", "cannot activate image b: fdatasync: input/output error",
@@ -334,7 +340,7 @@ func TestInterference(t *testing.T) {
 // closed, and nothing reopens the gate.
 func TestStopDuringTransition(t *testing.T) {
 	const (
-		load   = "a.Acquire a.Load a.PublishActive a.Retire"
+		load   = "a.Acquire a.Load a.Claim a.PublishActive a.Retire"
 		leave  = "a.SyncAhead a.Settle a.PublishInactive a.Release a.Close"
 		letGo  = "a.Abandon a.PublishInactive a.Release a.Close"
 		closed = " a.Settle a.Close"
@@ -348,7 +354,7 @@ func TestStopDuringTransition(t *testing.T) {
 		steps []Step
 		calls string
 	}{
-		{Inactive, activate, []Step{StepLock, StepLoad, StepPublish, StepRetire}, load + closed},
+		{Inactive, activate, []Step{StepLock, StepLoad, StepClaim, StepPublish, StepRetire}, load + closed},
 		{Active, inactivate, []Step{StepSyncAhead, StepCloseGate, StepDrain, StepSettle, StepRelease}, leave},
 		{FailedIO, abandon, []Step{StepAbandon}, letGo},
 	} {

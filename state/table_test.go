@@ -275,16 +275,16 @@ func TestGateByStep(t *testing.T) {
 		readOnly bool
 		want     string
 	}{
-		{false, "lock WWW, load WWW, publish WWW, retire AAA, " +
+		{false, "lock WWW, load WWW, claim WWW, publish WWW, retire AAA, " +
 			"sync-ahead AAA, close-gate WWW, drain WWW, settle WWW, release WWW, " +
-			"lock WWW, load WWW, publish WWW, retire AAA, abandon RWR, stop RRR, "},
-		{true, "lock WWW, load WWW, publish WWW, retire RAN, " +
+			"lock WWW, load WWW, claim WWW, publish WWW, retire AAA, abandon RWR, stop RRR, "},
+		{true, "lock WWW, load WWW, claim WWW, publish WWW, retire RAN, " +
 			"sync-ahead RAN, close-gate WWW, drain WWW, settle WWW, release WWW, " +
-			"lock WWW, load WWW, publish WWW, retire RAN, abandon RWR, stop RRR, "},
+			"lock WWW, load WWW, claim WWW, publish WWW, retire RAN, abandon RWR, stop RRR, "},
 	} {
 		r := newRig(t, Options{ReadOnly: c.readOnly}, "a")
 		var got string
-		for _, s := range []Step{StepLock, StepLoad, StepPublish, StepRetire, StepSyncAhead, StepCloseGate,
+		for _, s := range []Step{StepLock, StepLoad, StepClaim, StepPublish, StepRetire, StepSyncAhead, StepCloseGate,
 			StepDrain, StepSettle, StepRelease, StepAbandon, StepStop} {
 			r.on(s, func(string) {
 				if st := r.ms[0].Status(); st.Step != s || st.StepSince.IsZero() {
