@@ -30,6 +30,7 @@ type ownership interface {
 	Release() error
 	Acquire() error
 	Load(ifUnchanged bool) error
+	Claim(own uint64) (uint64, error)
 	PublishActive()
 	Withdraw()
 	Retire()
@@ -116,6 +117,10 @@ func activate(r *Raw, ifUnchanged bool) error {
 		return err
 	}
 	if err := r.Load(ifUnchanged); err != nil {
+		r.Withdraw()
+		return err
+	}
+	if _, err := r.Claim(0); err != nil {
 		r.Withdraw()
 		return err
 	}

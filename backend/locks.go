@@ -60,6 +60,7 @@ type LockError struct {
 	Byte   int64  // that is held elsewhere
 	Perm   string // as QEMU names it
 	Shared bool   // we want to forbid Perm, which somebody uses
+	Holder string // who has it, as the owner record says, "" if it does not
 }
 
 func (e *LockError) Error() string {
@@ -67,8 +68,12 @@ func (e *LockError) Error() string {
 	if e.Shared {
 		shared = "shared "
 	}
-	return fmt.Sprintf("image is in use by another process: Failed to get %s%q lock on %s; inactivate it there (nbd-export inactivate --control SOCKET), or stop that program",
-		shared, e.Perm, e.Path)
+	by := "in use by another process"
+	if e.Holder != "" {
+		by = "owned by " + e.Holder
+	}
+	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (nbd-export inactivate --control SOCKET), or stop that program",
+		by, shared, e.Perm, e.Path)
 }
 
 // Unwrap is EBUSY.

@@ -54,6 +54,12 @@ type Options struct {
 	Cache     CacheMode
 	Locking   LockingMode
 	DropCache DropCacheMode
+	// OwnerRecord is the path of the owner record, "" for IMAGE.owner beside
+	// an image that is a file, or OwnerRecordOff. A read-only image has none.
+	OwnerRecord string
+	// ControlAddress is told to others in the record, as the way to reach this
+	// process.
+	ControlAddress string
 	// Warn gets a line about what the user should know and what does not
 	// keep the image from being served. It may be called by any goroutine,
 	// also later. nil drops them.

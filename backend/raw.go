@@ -21,6 +21,7 @@ type Raw struct {
 	scope  string
 	guard  guard
 	faults faults
+	record *ownerRecord
 
 	// cur is what requests use; it is loaded once for each.
 	cur  atomic.Pointer[view]
@@ -30,6 +31,7 @@ type Raw struct {
 	next   *view // acquired or settled, to be published
 	old    *view // published over, to be closed
 	print  *fingerprint
+	clean  bool // settled: what follows is the end of this ownership
 	warned bool // about the scope of locks
 }
 
@@ -72,6 +74,7 @@ func newRaw(f *File, o Options, probed bool, h faults) *Raw {
 	if o.Locking != LockingOff {
 		r.scope = f.lockScope()
 	}
+	r.record = newOwnerRecord(o, t.BlockDevice, h, r.warnf)
 	r.noteLocks(nil)
 	r.cur.Store(newView(f, f.size, false))
 	return r

@@ -12,9 +12,9 @@ import (
 // What follows is called by the one goroutine that changes ownership, one
 // call at a time, while data methods go on unless a comment says otherwise.
 //
-//	inactivate  SyncAhead Settle (Unsettle |                        PublishInactive Release)
-//	give up               Abandon                                   PublishInactive Release
-//	activate    Acquire Load     (Withdraw | PublishActive Retire)
+//	inactivate  SyncAhead Settle       (Unsettle | PublishInactive Release)
+//	give up               Abandon                  PublishInactive Release
+//	activate    Acquire Load Claim     (Withdraw | PublishActive Retire)
 
 const (
 	// A sync ahead that took no longer leaves little.
@@ -37,6 +37,10 @@ func (r *Raw) LocksHeld() string { return *r.held.Load() }
 // LockScope says how far the image's locks reach: "cluster" (everybody who
 // can open it), "host-local" or "off". It may be called at any time.
 func (r *Raw) LockScope() string { return r.scope }
+
+// RecordPlace says where the owner record is, or why there is none. It may be
+// called at any time.
+func (r *Raw) RecordPlace() RecordPlace { return *r.record.place.Load() }
 
 func (r *Raw) noteLocks(f *File) {
 	s := "none"
@@ -72,8 +76,12 @@ func (r *Raw) SyncAhead(ctx context.Context) error {
 // Settle is called with the gate closed and no write-class request under way.
 // It opens the read-only description of the inactive image, makes everything
 // durable and takes the fingerprint. An error leaves the image active; one
-// that satisfies SyncFailed means that it can never be handed over as clean.
+// that satisfies SyncFailed means that it can never be handed over as clean,
+// and a *FencedError that somebody else took it.
 func (r *Raw) Settle() error {
+	if err := r.record.settled(); err != nil {
+		return err
+	}
 	v := r.cur.Load()
 	next, err := r.openInactive(v)
 	if err != nil {
@@ -86,7 +94,7 @@ func (r *Raw) Settle() error {
 		}
 	}
 	r.print = v.file.fingerprint()
-	r.next = next
+	r.next, r.clean = next, true
 	return nil
 }
 
@@ -110,6 +118,7 @@ func (r *Raw) how(write bool) openHow {
 // Unsettle undoes Settle: the image stays active. It cannot fail; what closing
 // the read-only description says goes to Warn.
 func (r *Raw) Unsettle() error {
+	r.clean = false
 	r.dropNext()
 	return nil
 }
@@ -137,7 +146,7 @@ func (r *Raw) Abandon() error {
 		err = errors.Join(err, v.file.fail("drop the page cache of", e))
 	}
 	r.print = nil
-	r.next = next
+	r.next, r.clean = next, false
 	return err
 }
 
@@ -153,17 +162,25 @@ func (r *Raw) publish() {
 }
 
 // Release is called when no request uses the view before the last
-// PublishInactive. It drops the locks and closes every writable description.
-// Both happen whatever fails; an error is for the log.
+// PublishInactive. It notes in the owner record that a settled image was let go
+// in order, drops the locks and closes every writable description. All happens
+// whatever fails; an error is for the log.
 func (r *Raw) Release() error {
 	v := r.old
 	if v == nil {
 		return nil
 	}
 	r.old = nil
-	err := errors.Join(v.file.Unlock(), v.file.Close())
+	err := errors.Join(r.endClaim(), v.file.Unlock(), v.file.Close())
 	r.noteLocks(nil)
 	return err
+}
+
+// endClaim is what the owner record learns when an ownership ends.
+func (r *Raw) endClaim() error {
+	clean := r.clean
+	r.clean = false
+	return r.record.release(clean)
 }
 
 // Acquire opens the image anew, for writing unless it is read-only, locks that
@@ -197,6 +214,9 @@ func (r *Raw) Acquire() (err error) {
 			lock = f.LockReadOnly
 		}
 		if err := lock(); err != nil {
+			if le, ok := errors.AsType[*LockError](err); ok {
+				le.Holder = r.record.holder()
+			}
 			return err
 		}
 		// Who replaces an image by renaming may have done so meanwhile.
@@ -272,12 +292,29 @@ func (r *Raw) Load(ifUnchanged bool) error {
 	return nil
 }
 
+// Claim writes into the owner record that this process owns the loaded image,
+// and returns its epoch: one more than the highest of own, the last that this
+// process had, and the record's. Without a record that is own+1. A record that
+// cannot be read, or is none, is a *RecordError. After an error Withdraw must
+// follow.
+func (r *Raw) Claim(own uint64) (epoch uint64, err error) {
+	if r.next == nil || !r.next.active {
+		return 0, r.fail("activate", unix.EINVAL)
+	}
+	var st unix.Stat_t
+	if err := r.next.file.fstat(&st); err != nil {
+		return 0, r.fail("stat", err)
+	}
+	return r.record.claim(own, &st)
+}
+
 // PublishActive makes requests use the acquired description. It cannot fail.
 func (r *Raw) PublishActive() { r.publish() }
 
 // Check looks at the active image's file, about once a second, for what no
 // request would notice: that it has shrunk, which ends writes there, and that
-// the kernel no longer has our locks, which is the error *FencedError. It may
+// the kernel no longer has our locks or the owner record names another, which
+// is the error *FencedError. A record that was removed it writes again. It may
 // run beside anything but Release, Retire and Close.
 func (r *Raw) Check() error {
 	v := r.cur.Load()
@@ -285,32 +322,53 @@ func (r *Raw) Check() error {
 		return nil
 	}
 	r.measure(v)
-	if len(v.file.held) == 0 {
-		return nil
+	var failed error
+	if len(v.file.held) > 0 {
+		seen, err := v.file.locksSeen()
+		if err == nil && !seen {
+			return &FencedError{Path: r.opts.Path}
+		}
+		failed = err
 	}
-	if seen, err := v.file.locksSeen(); err != nil || seen {
+	if err := r.record.check(); err != nil {
 		return err
 	}
-	return &FencedError{Path: r.opts.Path}
+	return failed
 }
 
-// FencedError says that an active image's locks are gone, so that another
-// process may own it by now.
-type FencedError struct{ Path string }
+// FencedError says that another process may own an active image: its locks
+// are gone, or the owner record names another owner.
+type FencedError struct {
+	Path   string
+	Record string // path of the owner record, "" where the locks are lost
+	Owner  string // whom it names
+	Epoch  uint64 // ours
+}
 
 func (e *FencedError) Error() string {
-	return fmt.Sprintf("the locks on %s are lost; another process may own it", e.Path)
+	if e.Record == "" {
+		return fmt.Sprintf("the locks on %s are lost; another process may own it", e.Path)
+	}
+	return fmt.Sprintf("%s has another owner, although this process did not let it go (epoch %d): owner record %s names %s",
+		e.Path, e.Epoch, e.Record, e.Owner)
 }
 
-// Unwrap is ENOLCK.
-func (e *FencedError) Unwrap() error { return unix.ENOLCK }
+// Unwrap is ENOLCK where the locks are lost, otherwise ESTALE.
+func (e *FencedError) Unwrap() error {
+	if e.Record == "" {
+		return unix.ENOLCK
+	}
+	return unix.ESTALE
+}
 
 // Fenced marks the error.
 func (e *FencedError) Fenced() bool { return true }
 
-// Withdraw undoes Acquire and Load: nothing is held. What fails goes to Warn.
+// Withdraw undoes Acquire, Load and Claim: nothing is held, and the owner
+// record says what it said before. What fails goes to Warn.
 func (r *Raw) Withdraw() {
 	if v := r.next; v != nil {
+		r.warn(r.record.withdraw())
 		r.warn(v.file.Unlock())
 		r.noteLocks(nil)
 	}
@@ -326,10 +384,17 @@ func (r *Raw) Retire() {
 	}
 }
 
-// Close closes whatever is open, writing nothing, and drops the locks. No
-// data method may be running or called again. It may be called twice.
+// Close closes whatever is open, writing nothing to the image, and drops the
+// locks. Of a settled image the owner record says before that it was let go in
+// order; of one that is being activated, what it said before. No data method
+// may be running or called again. It may be called twice.
 func (r *Raw) Close() error {
 	var errs []error
+	if r.next != nil && r.next.active {
+		errs = append(errs, r.record.withdraw())
+	} else {
+		errs = append(errs, r.endClaim())
+	}
 	for _, v := range [...]*view{r.next, r.old, r.cur.Load()} {
 		if v != nil {
 			errs = append(errs, v.file.Unlock(), v.file.Close())

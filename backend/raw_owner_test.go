@@ -70,6 +70,9 @@ func TestLifecycle(t *testing.T) {
 			must(t, r.Load(true))
 			got := make([]byte, len(want))
 			must(t, read(r, 0, got))
+			if epoch, err := r.Claim(0); err != nil || o.ReadOnly != (epoch == 1) && i > 0 {
+				t.Fatal(epoch, err)
+			}
 			r.PublishActive()
 			held("published", locks)
 			must(t, read(r, 0, got))
@@ -122,6 +125,7 @@ func TestCloseAnywhere(t *testing.T) {
 			func(r *Raw) error { return nil },
 			(*Raw).Acquire,
 			func(r *Raw) error { return r.Load(false) },
+			func(r *Raw) error { _, err := r.Claim(0); return err },
 			func(r *Raw) error { r.PublishActive(); return nil },
 			func(r *Raw) error { r.Retire(); return nil },
 			(*Raw).Settle,
@@ -518,6 +522,8 @@ func TestRequestsDuringHandover(t *testing.T) {
 		for range 20 {
 			must(t, r.Acquire())
 			must(t, r.Load(true))
+			_, err := r.Claim(0)
+			must(t, err)
 			gate.Lock()
 			r.PublishActive()
 			active = true

@@ -32,6 +32,13 @@ const (
 	opLock
 	opUnlock
 	opTestLock
+	opRecordOpen
+	opRecordRead
+	opRecordUnlink
+	opRecordCreate
+	opRecordWrite
+	opRecordClose
+	opRecordRename
 )
 
 // faults is the seam by which tests make system calls fail. It runs before

@@ -1,0 +1,586 @@
+package backend
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+	"unicode"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// OwnerRecordOff as Options.OwnerRecord keeps no record.
+	OwnerRecordOff = "off"
+
+	recordSuffix = ".owner"
+	recordTemp   = ".tmp"
+	recordMax    = 64 << 10 // bytes read of a record
+	epochMax     = 1 << 53  // what every reader of JSON can hold
+)
+
+// OwnerRecord is what IMAGE.owner says: who owns the image, or owned it last.
+// It names the holder of the locks to others and counts owners; what keeps two
+// owners apart are the locks. Members that are not known are ignored.
+type OwnerRecord struct {
+	Host    string    `json:"host"`
+	PID     int       `json:"pid"`
+	BootID  string    `json:"boot-id"`           // of the kernel that PID belongs to
+	Control string    `json:"control,omitempty"` // absolute path of the control socket
+	Since   time.Time `json:"since"`             // when it became the owner
+	Epoch   uint64    `json:"epoch"`             // each owner's is higher than the last one's
+	// Clean: the owner let go, and everything it wrote is durable.
+	Clean bool   `json:"clean"`
+	Nonce string `json:"nonce,omitempty"` // proves to a peer that both see one storage
+}
+
+// Owner is the owner in words: "nbd-export on a, pid 812, since 10:02, epoch
+// 7 (control /run/a.ctl)".
+func (r *OwnerRecord) Owner(now time.Time) string {
+	since, layout := r.Since.In(now.Location()), "2006-01-02 15:04"
+	if since.Year() == now.Year() && since.YearDay() == now.YearDay() {
+		layout = "15:04"
+	}
+	s := fmt.Sprintf("nbd-export on %s, pid %d, since %s, epoch %d", printable(r.Host), r.PID, since.Format(layout), r.Epoch)
+	if r.Control != "" {
+		s += fmt.Sprintf(" (control %s)", printable(r.Control))
+	}
+	return s
+}
+
+// printable keeps a record from writing on somebody's terminal.
+func printable(s string) string {
+	return strings.Map(func(c rune) rune {
+		if !unicode.IsPrint(c) {
+			return '?'
+		}
+		return c
+	}, s)
+}
+
+// Process tells what is known of the process that a record names.
+type Process string
+
+const (
+	ProcessLives   Process = "alive"
+	ProcessEnded   Process = "ended"
+	ProcessUnknown Process = "unknown" // it is, or was, another host's
+)
+
+// Process looks for the process that r names. A pid that lives may be another
+// process by now.
+func (r *OwnerRecord) Process() Process {
+	me := thisProcess()
+	switch {
+	case r.Host != me.Host || r.BootID == "" || me.BootID == "":
+		return ProcessUnknown
+	case r.BootID != me.BootID:
+		return ProcessEnded // that host has been started anew
+	case unix.Kill(r.PID, 0) == unix.ESRCH:
+		return ProcessEnded
+	}
+	return ProcessLives
+}
+
+// thisProcess is who a record of ours names.
+var thisProcess = sync.OnceValue(func() OwnerRecord {
+	me := OwnerRecord{PID: os.Getpid()}
+	if me.Host, _ = os.Hostname(); me.Host == "" {
+		me.Host = "localhost"
+	}
+	if b, err := os.ReadFile("/proc/sys/kernel/random/boot_id"); err == nil {
+		me.BootID = strings.TrimSpace(string(b))
+	}
+	return me
+})
+
+// sameOwner tells whether two records are of one ownership. The time tells
+// processes apart that two containers number alike.
+func (r *OwnerRecord) sameOwner(o *OwnerRecord) bool {
+	return r.Host == o.Host && r.PID == o.PID && r.BootID == o.BootID && r.Since.Equal(o.Since)
+}
+
+// RecordError says that an owner record cannot be used: something else stands
+// at its place, or it cannot be read.
+type RecordError struct {
+	Path string
+	Err  error
+}
+
+func (e *RecordError) Error() string {
+	return fmt.Sprintf("owner record %s: %v; it guards against two owners, so make sure that nobody owns the image, and remove it, or choose another with --owner-record PATH, or none with --owner-record off", e.Path, e.Err)
+}
+
+func (e *RecordError) Unwrap() error { return e.Err }
+
+// errNotARecord is the cause of a RecordError for what never was one.
+func notARecord(format string, args ...any) error {
+	return fmt.Errorf("this is no owner record: %s: %w", fmt.Sprintf(format, args...), unix.EINVAL)
+}
+
+// parseRecord judges the content of a record.
+func parseRecord(b []byte) (*OwnerRecord, error) {
+	if len(b) > recordMax {
+		return nil, notARecord("it is longer than %d bytes", recordMax)
+	}
+	var m struct {
+		OwnerRecord
+		PID   *int       `json:"pid"`
+		Since *time.Time `json:"since"`
+		Epoch *uint64    `json:"epoch"`
+		Clean *bool      `json:"clean"`
+	}
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, notARecord("%v", err)
+	}
+	switch {
+	case m.Host == "":
+		return nil, notARecord("it names no host")
+	case m.PID == nil || *m.PID <= 0:
+		return nil, notARecord("it names no process")
+	case m.Since == nil || m.Clean == nil:
+		return nil, notARecord("it does not say since when, or whether it is clean")
+	case m.Epoch == nil || *m.Epoch == 0 || *m.Epoch >= epochMax:
+		return nil, notARecord("it has no epoch")
+	}
+	r := m.OwnerRecord
+	r.PID, r.Since, r.Epoch, r.Clean = *m.PID, *m.Since, *m.Epoch, *m.Clean
+	return &r, nil
+}
+
+// readRecord reads the record at path: nil without an error if there is none.
+// An empty file is none: records are not synced, so that is what a loss of
+// power can leave of one. raw are its bytes, nil if the file does not exist.
+func readRecord(path string, h faults) (r *OwnerRecord, raw []byte, err error) {
+	raw, err = readBounded(path, h)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil, nil
+	}
+	if err == nil && len(raw) > 0 {
+		r, err = parseRecord(raw)
+	}
+	if err != nil {
+		return nil, nil, &RecordError{Path: path, Err: err}
+	}
+	return r, raw, nil
+}
+
+func readBounded(path string, h faults) ([]byte, error) {
+	fd, err := h.open(opRecordOpen, path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
+	if err == unix.ELOOP {
+		return nil, notARecord("it is a symbolic link")
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer unix.Close(fd)
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Fstat(fd, &st) }); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return nil, notARecord("it is not a regular file")
+	}
+	b := make([]byte, recordMax+1)
+	n := 0
+	for n < len(b) {
+		var k int
+		err := retry(func() (err error) {
+			if err = h.check(opRecordRead, int64(n)); err == nil {
+				k, err = unix.Read(fd, b[n:])
+			}
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if k == 0 {
+			break
+		}
+		n += k
+	}
+	return b[:n:n], nil
+}
+
+// replaceRecord puts b at path by renaming, so that nobody ever reads half of
+// it, with the mode and, where that is allowed, the owner of the image. It is
+// not synced: what a loss of power takes with it, it takes from all owners.
+func replaceRecord(path string, b []byte, image *unix.Stat_t, h faults) error {
+	temp := path + recordTemp
+	// What an owner left that died here.
+	if err := h.unlink(temp); err != nil && err != unix.ENOENT {
+		return err
+	}
+	err := writeRecordFile(temp, b, image, h)
+	if err == nil {
+		err = retry(func() error {
+			if err := h.check(opRecordRename, 0); err != nil {
+				return err
+			}
+			return unix.Rename(temp, path)
+		})
+		if err == unix.ENOENT {
+			// NFS says so of a request that was carried out and sent again.
+			if got, e := readBounded(path, h); e == nil && bytes.Equal(got, b) {
+				return nil
+			}
+		}
+	}
+	if err != nil {
+		_ = h.unlink(temp)
+	}
+	return err
+}
+
+func (h faults) unlink(path string) error {
+	return retry(func() error {
+		if err := h.check(opRecordUnlink, 0); err != nil {
+			return err
+		}
+		return unix.Unlink(path)
+	})
+}
+
+func writeRecordFile(path string, b []byte, image *unix.Stat_t, h faults) (err error) {
+	var fd int
+	err = retry(func() (err error) {
+		if err := h.check(opRecordCreate, 0); err != nil {
+			return err
+		}
+		fd, err = unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	closed := false
+	defer func() {
+		if !closed {
+			unix.Close(fd)
+		}
+	}()
+	// Whoever can open the image has to be able to read its record; where
+	// the file system has no such modes or owners, it does without.
+	_ = unix.Fchown(fd, int(image.Uid), int(image.Gid))
+	_ = unix.Fchmod(fd, image.Mode&0o666)
+	for off := 0; off < len(b); {
+		n := len(b) - off
+		if h != nil {
+			if n, err = h(opRecordWrite, int64(off), n); err == unix.EINTR {
+				continue
+			} else if err != nil {
+				return err
+			}
+		}
+		n, err = unix.Write(fd, b[off:off+n])
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return err
+		case n == 0:
+			return unix.ENOSPC
+		}
+		off += n
+	}
+	// What NFS could not write it says here.
+	if err := h.check(opRecordClose, 0); err != nil && err != unix.EINTR {
+		return err
+	}
+	closed = true
+	if err := unix.Close(fd); err != unix.EINTR {
+		return err
+	}
+	return nil
+}
+
+// RecordPlace says where an image's epochs are kept: Path, or if that is "",
+// nowhere, for the reason PerProcess.
+type RecordPlace struct{ Path, PerProcess string }
+
+// String is the path, or "per process (why)".
+func (p RecordPlace) String() string {
+	if p.Path != "" {
+		return p.Path
+	}
+	return fmt.Sprintf("per process (%s)", p.PerProcess)
+}
+
+// placeRecord finds the place of the record of the image at path, device if
+// it is a block device. explicit is Options.OwnerRecord.
+func placeRecord(path, explicit string, device bool) RecordPlace {
+	switch {
+	case explicit == OwnerRecordOff:
+		return RecordPlace{PerProcess: "--owner-record off"}
+	case explicit != "":
+		if target, err := filepath.EvalSymlinks(explicit); err == nil {
+			explicit = target
+		}
+		abs, err := filepath.Abs(explicit)
+		if err != nil {
+			return RecordPlace{PerProcess: err.Error()}
+		}
+		return RecordPlace{Path: abs}
+	case device:
+		return RecordPlace{PerProcess: "a block device needs --owner-record PATH"}
+	}
+	// Beside the file itself, where exporters meet that know it by other
+	// names.
+	target, err := filepath.EvalSymlinks(path)
+	if err == nil {
+		target, err = filepath.Abs(target)
+	}
+	if err != nil {
+		return RecordPlace{PerProcess: fmt.Sprintf("the image has no path: %v", err)}
+	}
+	return RecordPlace{Path: target + recordSuffix}
+}
+
+// ownerRecord is an image's owner record as its exporter sees it.
+type ownerRecord struct {
+	image    string // path as given
+	explicit string // Options.OwnerRecord
+	device   bool
+	readOnly bool
+	control  string
+	faults   faults
+	warn     func(format string, args ...any)
+
+	place atomic.Pointer[RecordPlace]
+
+	mu     sync.Mutex   // Check runs beside transitions; no lock is taken below it
+	mine   *OwnerRecord // as claimed, nil if none is
+	stat   unix.Stat_t  // of the image, for its mode
+	before []byte       // what stood there before the claim, nil for nothing
+	told   string       // the last warning, so that it is not given each second
+}
+
+func newOwnerRecord(o Options, device bool, h faults, warn func(string, ...any)) *ownerRecord {
+	r := &ownerRecord{
+		image: o.Path, explicit: o.OwnerRecord, device: device, readOnly: o.ReadOnly,
+		control: o.ControlAddress, faults: h, warn: warn,
+	}
+	r.find()
+	return r
+}
+
+// find looks for the place anew: links may lead elsewhere than before.
+func (o *ownerRecord) find() RecordPlace {
+	p := placeRecord(o.image, o.explicit, o.device)
+	if o.readOnly {
+		p = RecordPlace{PerProcess: "a read-only export writes none"}
+	}
+	o.place.Store(&p)
+	return p
+}
+
+// perProcess does without a record from now on.
+func (o *ownerRecord) perProcess(why string) {
+	o.place.Store(&RecordPlace{PerProcess: why})
+}
+
+// tell gives a warning unless it was the last one.
+func (o *ownerRecord) tell(format string, args ...any) {
+	if s := fmt.Sprintf(format, args...); s != o.told {
+		o.told = s
+		o.warn("%s", s)
+	}
+}
+
+// holder names, to somebody whom the locks refuse, who has them; "" if the
+// record does not know.
+func (o *ownerRecord) holder() string {
+	p := placeRecord(o.image, o.explicit, o.device)
+	if p.Path == "" {
+		return ""
+	}
+	r, _, err := readRecord(p.Path, o.faults)
+	if err != nil || r == nil || r.Clean || r.Process() == ProcessEnded {
+		return ""
+	}
+	return r.Owner(time.Now())
+}
+
+// claim writes that this process owns the image, whose locks it holds and
+// whose own last epoch was own. On failure the record is as it was.
+func (o *ownerRecord) claim(own uint64, stat *unix.Stat_t) (epoch uint64, err error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	p := o.find()
+	if p.Path == "" {
+		if !o.readOnly && o.explicit != OwnerRecordOff {
+			o.tell("epochs of %s count only the owners of this process: %s", o.image, p.PerProcess)
+		}
+		return own + 1, nil
+	}
+	last, before, err := readRecord(p.Path, o.faults)
+	if err != nil {
+		return 0, err
+	}
+	me := thisProcess()
+	me.Control, me.Since, me.Epoch = o.control, time.Now().Round(0), own+1
+	switch {
+	case last != nil:
+		me.Epoch = max(last.Epoch, own) + 1
+		if !last.Clean {
+			o.warn("the last owner of %s did not let go in order: %s", o.image, last.Owner(time.Now()))
+		}
+	case before != nil:
+		o.warn("owner record %s is empty, as a loss of power can leave it; epochs go on from %d", p.Path, me.Epoch)
+	}
+	if err := replaceRecord(p.Path, me.bytes(), stat, o.faults); err != nil {
+		if o.explicit != "" || !unwritable(err) {
+			return 0, &fs.PathError{Op: "write owner record", Path: p.Path, Err: fmt.Errorf(
+				"%w; make that possible, or choose another place with --owner-record PATH, or none with --owner-record off", err)}
+		}
+		// The disk may be full, but its owner has to be able to change.
+		why := fmt.Sprintf("%s cannot be written: %v", p.Path, err)
+		o.perProcess(why)
+		o.tell("epochs of %s count only the owners of this process: %s; give --owner-record PATH", o.image, why)
+		return me.Epoch, nil
+	}
+	o.mine, o.stat, o.before, o.told = &me, *stat, before, ""
+	return me.Epoch, nil
+}
+
+// unwritable tells errors of a place where nothing can be written from those
+// of storage that does not work.
+func unwritable(err error) bool {
+	for _, errno := range [...]unix.Errno{
+		unix.EACCES, unix.EPERM, unix.EROFS, unix.ENOSPC, unix.EDQUOT, unix.ENAMETOOLONG,
+	} {
+		if isErrno(err, errno) {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *OwnerRecord) bytes() []byte {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	enc.SetIndent("", "  ")
+	if err := enc.Encode(r); err != nil {
+		panic(err) // a time past the year 9999
+	}
+	return b.Bytes()
+}
+
+// verdict is what a look at one's own record says.
+type verdict uint8
+
+const (
+	stillMine verdict = iota
+	gone              // somebody removed it, or put back an older one
+	unknown           // it cannot be read
+)
+
+// look reads the claimed record again. The error is a *FencedError.
+func (o *ownerRecord) look(path string) (verdict, error) {
+	r, _, err := readRecord(path, o.faults)
+	switch {
+	case err != nil:
+		o.tell("cannot tell whether %s still is ours: %v", o.image, err)
+		return unknown, nil
+	case r == nil || r.Epoch < o.mine.Epoch:
+		return gone, nil
+	case r.Epoch > o.mine.Epoch || !r.sameOwner(o.mine):
+		return unknown, &FencedError{Path: o.image, Record: path, Owner: r.Owner(time.Now()), Epoch: o.mine.Epoch}
+	}
+	return stillMine, nil
+}
+
+// check is look for an owner that goes on. A record that was removed is put
+// back: the locks, which the caller has seen to be there, say whose image it
+// is.
+func (o *ownerRecord) check() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.mine == nil {
+		return nil
+	}
+	path := o.place.Load().Path
+	v, err := o.look(path)
+	switch v {
+	case stillMine:
+		o.told = ""
+	case gone:
+		if err := replaceRecord(path, o.mine.bytes(), &o.stat, o.faults); err != nil {
+			o.tell("owner record %s was removed and cannot be written again: %v", path, err)
+			break
+		}
+		o.warn("owner record %s was removed or set back while this process owns the image; it is there again", path)
+	}
+	return err
+}
+
+// settled is look at the end of an ownership, which changes nothing yet.
+func (o *ownerRecord) settled() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.mine == nil {
+		return nil
+	}
+	_, err := o.look(o.place.Load().Path)
+	return err
+}
+
+// release ends the claim, while the locks are still held. With clean the
+// record says so, unless it has become another's; otherwise it stays as it is,
+// and says that this owner did not let go in order.
+func (o *ownerRecord) release(clean bool) error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	me := o.mine
+	if me == nil {
+		return nil
+	}
+	path := o.place.Load().Path
+	defer func() { o.mine, o.before = nil, nil }()
+	if !clean {
+		return nil
+	}
+	v, err := o.look(path)
+	if err != nil || v == unknown {
+		return err
+	}
+	me.Clean = true
+	if err := replaceRecord(path, me.bytes(), &o.stat, o.faults); err != nil {
+		return &fs.PathError{Op: "write owner record", Path: path, Err: fmt.Errorf("%w; it does not say that the image was let go in order", err)}
+	}
+	return nil
+}
+
+// withdraw takes the claim back, while the locks are still held: what stood
+// there before stands there again.
+func (o *ownerRecord) withdraw() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.mine == nil {
+		return nil
+	}
+	path := o.place.Load().Path
+	defer func() { o.mine, o.before = nil, nil }()
+	v, err := o.look(path)
+	if err != nil || v != stillMine {
+		return err
+	}
+	if o.before == nil {
+		err = o.faults.unlink(path)
+	} else {
+		err = replaceRecord(path, o.before, &o.stat, o.faults)
+	}
+	if err != nil {
+		return &fs.PathError{Op: "put back owner record", Path: path, Err: fmt.Errorf("%w; it names this process, which does not own the image", err)}
+	}
+	return nil
+}
