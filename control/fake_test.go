@@ -91,6 +91,7 @@ func (b *bed) add(t testing.TB, img *fakeImage, i int) {
 		Export: Export{ID: "export" + d, Name: "disk" + d, Writable: true},
 		Stats:  func() ioloop.Stats { return ioloop.Stats{Connections: 2, Reads: 3} },
 		Locks:  func() Locks { return Locks{Held: "none", Scope: "cluster"} },
+		Record: func() Record { return Record{Path: "/srv/a.img.owner"} },
 	})
 	if err != nil {
 		t.Fatal(err)

@@ -23,10 +23,11 @@ type Target struct {
 	Device, Direct bool
 	// Export is how clients find it.
 	Export Export
-	// Stats counts its requests, Locks says what protects it. They never
-	// wait, and may be nil.
-	Stats func() ioloop.Stats
-	Locks func() Locks
+	// Stats counts its requests, Locks says what protects it, Record where
+	// its owner is noted. They never wait, and may be nil.
+	Stats  func() ioloop.Stats
+	Locks  func() Locks
+	Record func() Record
 }
 
 // Export is the NBD side of a Target.

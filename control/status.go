@@ -27,7 +27,7 @@ type ImageStatus struct {
 	Export   Export `json:"export"`
 
 	State State     `json:"state"`
-	Epoch uint64    `json:"epoch"` // activations so far
+	Epoch uint64    `json:"epoch"` // of the last activation
 	Since time.Time `json:"since"` // when the state was reached
 	// Step and StepSeconds are set while a transition is under way.
 	Step        string  `json:"step,omitempty"`
@@ -36,7 +36,8 @@ type ImageStatus struct {
 	Cause     string `json:"cause,omitempty"`
 	LastError string `json:"last-error,omitempty"`
 
-	Locks Locks `json:"locks"`
+	Locks  Locks  `json:"locks"`
+	Record Record `json:"owner-record"`
 	ioloop.Stats
 }
 
@@ -47,6 +48,15 @@ type Locks struct {
 	// Scope is whom the locks keep away: "cluster" everybody who can open the
 	// file, "host-local" programs on this host, "off" nobody.
 	Scope string `json:"scope"`
+}
+
+// Record says where the owner record is, which makes epochs go up from owner
+// to owner.
+type Record struct {
+	Path string `json:"path,omitempty"`
+	// PerProcess is why there is none, so that epochs count only the
+	// ownerships of the process.
+	PerProcess string `json:"per-process,omitempty"`
 }
 
 // State is the name of a state.State; the names are those of its String.
@@ -76,6 +86,9 @@ func (t *Target) Status() ImageStatus {
 	}
 	if t.Locks != nil {
 		s.Locks = t.Locks()
+	}
+	if t.Record != nil {
+		s.Record = t.Record()
 	}
 	if t.Stats != nil {
 		s.Stats = t.Stats()

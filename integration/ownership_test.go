@@ -445,9 +445,10 @@ func TestActivateIfUnchanged(t *testing.T) {
 		wantStatus(t, a, "inactive", 2)
 		wantLocks(t, image, nil)
 
-		// Without the condition a foreign change is no obstacle.
+		// Without the condition a foreign change is no obstacle. The other's
+		// ownership counts.
 		run(t, program(t), "activate", "--control", a.control)
-		wantStatus(t, a, "active", 3)
+		wantStatus(t, a, "active", 4)
 		sameBytes(t, "the other's write", dialRaw(t, a.socket, "").want(0, cmdRead, 0, 4096, 4096, nil).data, randomBytes(2, 4096))
 	})
 }

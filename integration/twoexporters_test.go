@@ -210,10 +210,10 @@ func (s *soak) round(d time.Duration) {
 	t.Logf("round %d: %v, judged in %v", s.rounds, time.Duration(at-roundStart), time.Duration(s.now()-at))
 }
 
-// epochs is how often either side was activated.
+// epochs is the epoch of the last owner: how often either side was activated.
 func (s *soak) epochs() (n int) {
 	for _, e := range s.sides {
-		n += int(e.status().Epoch)
+		n = max(n, int(e.status().Epoch))
 	}
 	return n
 }

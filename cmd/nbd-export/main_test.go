@@ -50,6 +50,10 @@ func TestUsage(t *testing.T) {
 		{"serve -D " + strings.Repeat("x", 4097) + " y", 2, `serve: description of export "": longer than 4096 bytes; see`},
 		{"serve -p 0 -b [127.0.0.1] /no/such", 1, "open image /no/such: "},
 		{"serve -b 300.1.1.1 y", 1, "cannot listen on TCP 300.1.1.1:10809: cannot resolve 300.1.1.1: no such host; give an address of this host"},
+		{"serve --owner-record= x", 2, "serve: --owner-record needs a path, or off; see"},
+		{"who", 2, "who needs one argument, IMAGE; see nbd-export who --help"},
+		{"who --owner-record= x", 2, "who: --owner-record needs a path, or off; see"},
+		{"who /no/such", 1, "/no/such: no such file or directory"},
 		{"version x", 2, `version takes no argument, but got "x"; see nbd-export version --help`},
 		{"man", 2, "man needs one argument, DIR; see nbd-export man --help"},
 		{"man /no/such", 1, "cannot write the man pages: "},
@@ -71,7 +75,7 @@ func TestUsage(t *testing.T) {
 func TestHelp(t *testing.T) {
 	dir := t.TempDir()
 	for _, args := range []string{
-		"--help", "serve --help", "activate --help", "inactivate --help", "status --help", "bench --help", "demo --help",
+		"--help", "serve --help", "activate --help", "inactivate --help", "status --help", "who --help", "bench --help", "demo --help",
 		"version --help", "man --help", "completion bash", "version", "man " + dir,
 	} {
 		root := newRootCommand(nil)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -60,7 +61,8 @@ func newServeCommand(signals *control.Signals) *cobra.Command {
 		Use:   "serve [flags] IMAGE",
 		Short: "Serve an image file or block device until stopped",
 		Long: `Serve an image file or block device until stopped. Without --inactive the server
-becomes the owner of the image first, and fails if another process owns it.
+becomes the owner of the image first, and fails if another process owns it. Who
+owns it stands in IMAGE.owner, beside the image (see who).
 
 Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809. The pid
 file is written when connections are accepted and the control socket is ready.
@@ -91,6 +93,8 @@ last write or flush failed.`,
 			switch {
 			case d.unix != "" && d.unix == d.control:
 				return usageError{fmt.Errorf("serve: --socket and --control are both %s; they are two sockets", d.unix)}
+			case flags.Changed("owner-record") && i.OwnerRecord == "":
+				return usageError{errors.New("serve: --owner-record needs a path, or off")}
 			case port < 0 || port > 65535:
 				return usageError{fmt.Errorf("serve: --port %d is not between 0 and 65535", port)}
 			case d.shared < 0:
@@ -123,6 +127,7 @@ last write or flush failed.`,
 	f.BoolVarP(&i.ReadOnly, "read-only", "r", false, "never write to the image")
 	f.BoolVar(&i.inactive, "inactive", false, "start without ownership: any number of exporters may")
 	f.StringVar(&d.control, "control", "", "control socket at `PATH`, for status, activate, inactivate and QMP tools")
+	ownerRecordFlag(cmd, &i.OwnerRecord)
 	f.StringVar(&d.pidFile, "pid-file", "", "write the process id to `PATH` once connections are accepted")
 	cache.addTo(cmd, "cache", "", "how the page cache is used")
 	locking.addTo(cmd, "locking", "", "lock the image while it is active")
@@ -225,6 +230,13 @@ func (d *daemon) listen() error {
 // add opens an image, inactive, and puts it under control and on the exports.
 func (d *daemon) add(opt imageOptions) error {
 	log := d.log.With(zap.String("image", opt.Path))
+	if d.opt.control != "" {
+		address, err := filepath.Abs(d.opt.control)
+		if err != nil {
+			return fmt.Errorf("control socket %s: %w", d.opt.control, err)
+		}
+		opt.ControlAddress = address
+	}
 	opt.Warn = func(text string) { log.Warn(text) }
 	img, err := backend.Open(opt.Options)
 	if err != nil {
@@ -247,6 +259,10 @@ func (d *daemon) add(opt imageOptions) error {
 			ID: fmt.Sprintf("export%d", index), Name: opt.name, Description: opt.description, Writable: !opt.ReadOnly,
 		},
 		Stats: disk.Stats,
+		Record: func() control.Record {
+			p := img.RecordPlace()
+			return control.Record{Path: p.Path, PerProcess: p.PerProcess}
+		},
 		Locks: func() control.Locks { return control.Locks{Held: img.LocksHeld(), Scope: img.LockScope()} },
 	}
 	if st, err := os.Stat(opt.Path); err == nil {

@@ -198,7 +198,7 @@ func TestServe(t *testing.T) {
 	if status, words := b.end(t); status != 0 || words != "" {
 		t.Errorf("exit %d: %s", status, words)
 	}
-	if left, _ := os.ReadDir(dir); len(left) != 1 {
+	if left, _ := os.ReadDir(dir); len(left) != 2 || left[1].Name() != "disk.img.owner" {
 		t.Errorf("left behind: %v", left)
 	}
 }

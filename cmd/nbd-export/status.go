@@ -83,6 +83,7 @@ func writeStatus(w io.Writer, s control.Status, now time.Time) error {
 		row("epoch", "%d", i.Epoch)
 		row("since", "%s (%s)", i.Since.In(now.Location()).Format("2006-01-02 15:04:05"), age(now, i.Since))
 		row("locks", "%s (%s)", i.Locks.Held, i.Locks.Scope)
+		row("owner record", "%s", recordText(i.Record))
 		row("connections", "%d", i.Connections)
 		row("in flight", "%d", i.InFlight)
 		row("read", "%s in %d requests", about(i.BytesRead), i.Reads)
@@ -99,6 +100,16 @@ func writeStatus(w io.Writer, s control.Status, now time.Time) error {
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
+}
+
+func recordText(r control.Record) string {
+	switch {
+	case r.Path != "":
+		return r.Path
+	case r.PerProcess != "":
+		return fmt.Sprintf("per process (%s)", r.PerProcess)
+	}
+	return "unknown" // an older server
 }
 
 // about is n bytes in the unit that fits: "1.2 GiB".

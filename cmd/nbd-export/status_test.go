@@ -17,7 +17,8 @@ func TestWriteStatus(t *testing.T) {
 			{
 				Node: "image0", Image: "/srv/a.img", Format: "raw", Size: 10 << 30, State: "inactivating", Epoch: 7,
 				Export: control.Export{Name: "disk"}, Since: now.Add(-1234 * time.Millisecond), Step: "sync-ahead", StepSeconds: 1.2,
-				Locks: control.Locks{Held: "100,101,103,201,203", Scope: "cluster"},
+				Locks:  control.Locks{Held: "100,101,103,201,203", Scope: "cluster"},
+				Record: control.Record{Path: "/srv/a.img.owner"},
 				Stats: ioloop.Stats{
 					Connections: 4, InFlight: 32, Reads: 31234, BytesRead: 1288490188, Writes: 512, BytesWritten: 512 * 4096,
 					Refused: 3, Errors: 1,
@@ -26,6 +27,7 @@ func TestWriteStatus(t *testing.T) {
 			{
 				Node: "image1", Image: "/dev/sdx", Format: "raw", Size: 1000, ReadOnly: true, State: "failed(io)", Since: now,
 				Cause: "input/output error", LastError: "line one\nline two", Locks: control.Locks{Held: "none", Scope: "host-local"},
+				Record: control.Record{PerProcess: "--owner-record off"},
 			},
 		},
 	}
@@ -41,6 +43,7 @@ step         sync-ahead for 1.2s
 epoch        7
 since        2026-11-23 10:02:01 (1.2s)
 locks        100,101,103,201,203 (cluster)
+owner record /srv/a.img.owner
 connections  4
 in flight    32
 read         1.2 GiB in 31234 requests
@@ -55,6 +58,7 @@ state        failed(io) (read-only)
 epoch        0
 since        2026-11-23 10:02:03 (0s)
 locks        none (host-local)
+owner record per process (--owner-record off)
 connections  0
 in flight    0
 read         0 bytes in 0 requests
