@@ -4,8 +4,8 @@ import (
 	"bufio"
 	"fmt"
 	"io"
+	"runtime"
 	"testing"
-	"time"
 )
 
 // A reader that pauses delays no writer, and is told what it missed.
@@ -16,7 +16,7 @@ func TestLines(t *testing.T) {
 	const missed = 5
 	_, _ = io.WriteString(l, "0\n")
 	for len(l.queue) > 0 { // the first is being written
-		time.Sleep(time.Millisecond)
+		runtime.Gosched()
 	}
 	for i := 1; i <= mostLines+missed; i++ {
 		_, _ = fmt.Fprintln(l, i)
