@@ -210,24 +210,39 @@ func (g *Guest) Send(line string) {
 // test when the guest ends or its time is over before there is one.
 func (g *Guest) WaitFor(expr string, from int) (line string, next int) {
 	g.t.Helper()
+	line, next, err := g.WaitWithin(time.Until(g.started.Add(g.timeout)), expr, from)
+	if err != nil {
+		g.t.Fatalf("%v\n%s", err, g.report())
+	}
+	return line, next
+}
+
+// WaitWithin is WaitFor with a time of its own, whose failure is the caller's.
+func (g *Guest) WaitWithin(d time.Duration, expr string, from int) (line string, next int, err error) {
 	re := regexp.MustCompile(expr)
-	deadline := time.After(time.Until(g.started.Add(g.timeout)))
+	deadline := time.After(d)
 	for {
 		all, more, closed := g.output.snapshot()
 		for ; from < len(all); from++ {
 			if re.MatchString(all[from]) {
-				return all[from], from + 1
+				return all[from], from + 1, nil
 			}
 		}
 		if closed {
-			g.t.Fatalf("guest ended before it printed %q\n%s", expr, g.report())
+			return "", from, fmt.Errorf("guest ended before it printed %q", expr)
 		}
 		select {
 		case <-more:
 		case <-deadline:
-			g.t.Fatalf("guest did not print %q within %v\n%s", expr, g.timeout, g.report())
+			return "", from, fmt.Errorf("guest did not print %q within %v", expr, d)
 		}
 	}
+}
+
+// Lines is how many lines the script has printed so far.
+func (g *Guest) Lines() int {
+	all, _, _ := g.output.snapshot()
+	return len(all)
 }
 
 // Output is what the script has printed so far, whole lines only.
