@@ -137,7 +137,8 @@ func TestRanges(t *testing.T) {
 	a := r.enter(0, 8, false)
 	b := r.enter(0, 8, false) // whole blocks do not exclude each other
 	entered := make(chan int, 3)
-	go func() { s := r.enter(4, 12, true); entered <- 1; r.leave(s) }()
+	var left sync.WaitGroup
+	left.Go(func() { s := r.enter(4, 12, true); entered <- 1; r.leave(s) })
 	waits := func(n int) {
 		for {
 			r.mu.Lock()
@@ -150,7 +151,7 @@ func TestRanges(t *testing.T) {
 		}
 	}
 	waits(1)
-	go func() { s := r.enter(8, 12, false); entered <- 2; r.leave(s) }() // behind the waiting one
+	left.Go(func() { s := r.enter(8, 12, false); entered <- 2; r.leave(s) }) // behind the waiting one
 	waits(2)
 	c := r.enter(12, 16, true) // elsewhere
 	r.leave(c)
@@ -162,7 +163,7 @@ func TestRanges(t *testing.T) {
 	if x, y := <-entered, <-entered; x != 1 || y != 2 {
 		t.Errorf("order %d, %d", x, y)
 	}
-	waits(0)
+	left.Wait()
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.old != nil || r.new != nil {

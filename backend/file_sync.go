@@ -16,7 +16,7 @@ type SyncError struct {
 }
 
 func (e *SyncError) Error() string {
-	return fmt.Sprintf("sync %s: %v; writes acknowledged since the last successful flush may be lost", e.Path, e.Err)
+	return fmt.Sprintf("sync %s: %v; the kernel may have dropped what was not on disk", e.Path, e.Err)
 }
 
 func (e *SyncError) Unwrap() error { return e.Err }

@@ -41,8 +41,8 @@ func (g *guard) enter(f *File, off int64, p []byte, n int64) error {
 	}
 	if format := Probe(first); format != "" {
 		g.mu.Unlock()
-		return &fs.PathError{Op: "write", Path: f.path, Err: fmt.Errorf(
-			"this would make the raw image look like %s, and its format was not given but guessed; serve it with -f raw to allow it: %w", format, unix.EPERM)}
+		return &fs.PathError{Op: "write", Path: f.path, Err: &refusal{fmt.Sprintf(
+			"this would make the raw image look like %s, and its format was not given but guessed; serve it with -f raw to allow it", format), unix.EPERM}}
 	}
 	return nil
 }

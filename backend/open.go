@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"io/fs"
+	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -115,6 +116,9 @@ func open(o Options, h faults) (*Raw, error) {
 		f.Close()
 		return nil, err
 	}
+	if o.Locking == LockingOff && !o.ReadOnly {
+		o.Warn(fmt.Sprintf("locking of %s is off: nothing but your own care keeps a second writer away", f.path))
+	}
 	return newRaw(f, o, probed, h), nil
 }
 
@@ -124,26 +128,34 @@ func checkFormat(f *File, o Options) (probed bool, err error) {
 	if o.Format == "raw" {
 		return false, nil
 	}
-	format := o.Format
-	if format == "auto" {
-		first, err := readFirst(f)
-		if err != nil {
-			return false, err
-		}
-		format = Probe(first)
+	first, err := readFirst(f)
+	if err != nil {
+		return false, err
 	}
+	format := Probe(first)
 	var hint string
-	switch format {
-	case "":
+	switch {
+	case o.Format == "qcow2" && format != "qcow2":
+		hint = "this is not a qcow2 image; give -f raw to serve it as it is"
+	case format == "":
 		o.Warn(fmt.Sprintf("the format of %s was not given and is taken to be raw; writes that would make it look like another format are refused; give -f raw to allow them", f.path))
 		return true, nil
-	case "qcow2":
+	case format == "qcow2":
 		hint = "nbd-export cannot serve qcow2 yet; convert it with qemu-img convert -O raw"
 	default:
 		hint = fmt.Sprintf("this looks like a %s image, which nbd-export cannot serve; convert it with qemu-img convert -O raw, or give -f raw if it is a raw disk all the same", format)
 	}
-	return false, &fs.PathError{Op: "open image", Path: f.path, Err: fmt.Errorf("%s: %w", hint, unix.EOPNOTSUPP)}
+	return false, &fs.PathError{Op: "open image", Path: f.path, Err: &refusal{hint, unix.EOPNOTSUPP}}
 }
+
+// refusal is an error whose text says all; the errno is for programs.
+type refusal struct {
+	text  string
+	errno syscall.Errno
+}
+
+func (e *refusal) Error() string { return e.text }
+func (e *refusal) Unwrap() error { return e.errno }
 
 // refuseKind lets only regular files and block devices through.
 func refuseKind(path string, mode uint32) error {
@@ -163,7 +175,7 @@ func refuseKind(path string, mode uint32) error {
 	default:
 		what = "not a file"
 	}
-	return &fs.PathError{Op: "open image", Path: path, Err: fmt.Errorf("this is %s; an image is a regular file or a block device: %w", what, errno)}
+	return &fs.PathError{Op: "open image", Path: path, Err: &refusal{fmt.Sprintf("this is %s; an image is a regular file or a block device", what), errno}}
 }
 
 // openError adds to a failed open what can be done about it.

@@ -40,7 +40,7 @@ func TestOpenRefuses(t *testing.T) {
 		{Options{Path: "/dev/null"}, unix.EINVAL, "character device"},
 		{Options{Path: qcow2}, unix.EOPNOTSUPP, "cannot serve qcow2 yet"},
 		{Options{Path: qcow2, Format: "auto"}, unix.EOPNOTSUPP, "cannot serve qcow2 yet"},
-		{Options{Path: raw, Format: "qcow2"}, unix.EOPNOTSUPP, "cannot serve qcow2 yet"},
+		{Options{Path: raw, Format: "qcow2"}, unix.EOPNOTSUPP, "this is not a qcow2 image"},
 		{Options{Path: vmdk}, unix.EOPNOTSUPP, "vmdk"},
 		{Options{Path: raw, Format: "vmdk"}, unix.EINVAL, "--format"},
 		{Options{Path: raw, Cache: "unsafe"}, unix.EINVAL, "--cache"},

@@ -292,7 +292,7 @@ type modified struct{ fakeImage }
 
 func (*modified) Load(ifUnchanged bool) error {
 	if ifUnchanged {
-		return state.ErrModified
+		return errors.New("image was modified while inactive")
 	}
 	return nil
 }

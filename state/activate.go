@@ -7,7 +7,7 @@ import (
 
 // ActivateOptions refine Activate.
 type ActivateOptions struct {
-	// IfUnchanged refuses with ErrModified if an image is not as this process
+	// IfUnchanged refuses if an image is not as this process
 	// left it when it last gave it away.
 	IfUnchanged bool
 }

@@ -13,9 +13,6 @@ var (
 	ErrReadOnly = errors.New("export is read-only")
 	// ErrStopping refuses every request of a process that is shutting down.
 	ErrStopping = errors.New("server is shutting down")
-	// ErrModified is for Image.Load: the image changed since this process
-	// last owned it, and the order was to activate only if it had not.
-	ErrModified = errors.New("image was modified while inactive")
 )
 
 // FailedError refuses a request on an image that has lost its footing.

@@ -38,7 +38,7 @@ type Image interface {
 	// holding nothing.
 	Acquire() error
 	// Load reads and checks everything anew under the locks. With ifUnchanged
-	// it fails with ErrModified if the image is not as this process left it.
+	// it fails if the image is not as this process left it.
 	Load(ifUnchanged bool) error
 	// Claim makes it known that this process owns the image from now on, once
 	// every image of the group is loaded, and returns the epoch of that

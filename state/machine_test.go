@@ -608,9 +608,9 @@ func TestTransitionsAreReported(t *testing.T) {
 		}
 		noError(t, r.inactivate())
 		take("a released: inactivating -> inactive, epoch 1, 2s, <nil>")
-		r.imgs[0].failNext("Load", ErrModified)
+		r.imgs[0].failNext("Load", errBusy)
 		err := Activate(t.Context(), ActivateOptions{}, m)
-		if !errors.Is(err, ErrModified) || r.imgs[0].ifUnchanged || m.Status().LastError != err {
+		if !errors.Is(err, errBusy) || r.imgs[0].ifUnchanged || m.Status().LastError != err {
 			t.Errorf("error %v, status %+v", err, m.Status())
 		}
 		take("a activate failed: activating -> inactive, epoch 1, 1s, " + err.Error())
