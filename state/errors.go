@@ -60,3 +60,14 @@ func syncFailed(err error) bool {
 	var s interface{ SyncFailed() bool }
 	return errors.As(err, &s) && s.SyncFailed()
 }
+
+// joinErrors makes one line of two errors.
+func joinErrors(a, b error) error {
+	if a == nil {
+		return b
+	}
+	if b == nil {
+		return a
+	}
+	return fmt.Errorf("%w; %w", a, b)
+}
