@@ -258,6 +258,63 @@ func TestQueuedDiscardsEndBeforeInactive(t *testing.T) {
 	}
 }
 
+// A task is not parked if the gate has opened since it was told to wait:
+// nobody would wake it.
+func TestParkAsksAgain(t *testing.T) {
+	h := hold(state.StepLoad)
+	r := newRig(t, rigConfig{inactive: true, onStep: h.step})
+	c := r.connect(&testCodec{}).conn
+	p := &task{conn: c, req: Request{Op: OpWrite}}
+	if p.park() || p.admitted {
+		t.Fatal("parked, though it would be refused")
+	}
+	h.armed.Store(true)
+	active := background(r.activate)
+	await(t, h.reached, "the step")
+	if !p.park() || p.admitted {
+		t.Fatal("not parked, though the gate holds")
+	}
+	c.mu.Lock()
+	c.mu.parked = nil // it is no real task
+	c.mu.Unlock()
+	close(h.goOn)
+	await(t, active, "activation")
+	if p.park() || !p.admitted {
+		t.Fatal("parked, though the gate is open")
+	}
+	c.lane.Leave()
+}
+
+// A task that has to wait for the gate when its client is gone already is
+// dropped then.
+func TestParkedTooLate(t *testing.T) {
+	h := hold(state.StepLoad)
+	r := newRig(t, rigConfig{inactive: true, onStep: h.step, Config: Config{Workers: 1}})
+	slow := newBlocker()
+	r.img.set(func(i *hooked) {
+		i.mapping = func(_, _ int64, m backend.Mode) error { return slow.mode(m) }
+	})
+	other, c := r.connect(&testCodec{}), r.connect(&testCodec{})
+	h.armed.Store(true)
+	active := background(r.activate)
+	await(t, h.reached, "the step")
+	other.send(OpRead, 0, 0, 4096, nil)
+	await(t, slow.entered, "the worker")
+	c.send(OpWrite, 0, 0, 4096, contents[:4096])
+	eventually(t, "the write is queued", func() bool { return c.conn.tasks.Load() == 1 })
+	must(t, c.nc.Close())
+	eventually(t, "the connection ends", func() bool {
+		c.conn.mu.Lock()
+		defer c.conn.mu.Unlock()
+		return c.conn.mu.dead
+	})
+	close(slow.leave)
+	c.end() // while the gate holds
+	other.next()
+	close(h.goOn)
+	await(t, active, "activation")
+}
+
 // lostSync is an error that means lost writes.
 type lostSync struct{}
 
@@ -291,9 +348,13 @@ func TestFailedFlush(t *testing.T) {
 func TestReadsMeetStop(t *testing.T) {
 	for range 20 {
 		r := newRig(t, rigConfig{content: contents[:1<<20]})
-		var rnd atomic.Int64
+		var rnd, late atomic.Int64
+		var stopped atomic.Bool
 		r.img.set(func(h *hooked) {
 			h.mapping = func(_, _ int64, m backend.Mode) error {
+				if stopped.Load() {
+					late.Add(1)
+				}
 				if m&backend.MayBlock == 0 && rnd.Add(1)%3 == 0 {
 					return backend.ErrWait
 				}
@@ -327,7 +388,16 @@ func TestReadsMeetStop(t *testing.T) {
 		}
 		await(t, begun, "reads")
 		must(t, state.Stop(r.m))
+		stopped.Store(true)
 		await(t, background(wg.Wait), "the clients")
+		for _, n := range []int64{100, 100_000, 1 << 19} {
+			if a := r.connect(&testCodec{}).do(OpRead, 0, 0, n, nil); a.errno != unix.ESHUTDOWN {
+				t.Fatalf("%v %s", a.errno, a.text)
+			}
+		}
+		if n := late.Load(); n != 0 {
+			t.Fatalf("%d reads of a closed image", n)
+		}
 	}
 }
 

@@ -138,13 +138,13 @@ func TestStalledReaders(t *testing.T) {
 // A connection never has more than its share, but its largest request fits;
 // also when its last reply is still being sent.
 func TestShare(t *testing.T) {
-	for _, memory := range []int64{1, 40 << 20} {
+	for _, memory := range []int64{1, 160 << 20} {
 		r := newRig(t, rigConfig{tmpfs: true, size: 64 << 20, Config: Config{Memory: memory}})
 		share := r.e.budget.share
 		peak := peak{r: r}
 		c := r.connect(&testCodec{})
 		c.discard = true
-		const count = 2
+		const count = 3
 		for range count {
 			c.send(OpRead, 0, 0, 32<<20, nil)
 		}
@@ -182,6 +182,25 @@ func TestWaitForMemory(t *testing.T) {
 	if a := waiter.next(); a.cookie != second {
 		t.Fatalf("%+v", a)
 	}
+}
+
+// Replies without content are paid for too, until they are sent.
+func TestUnreadFlushes(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true, Config: Config{Memory: 256 << 10}})
+	c := r.connectOver(&testCodec{}, small(socketpair))
+	const count = 1000
+	sent := background(func() {
+		for range count {
+			c.send(OpFlush, 0, 0, 0, nil)
+		}
+	})
+	eventually(t, "it is held up", func() bool { return r.e.budget.waiting() == 1 })
+	for range count {
+		if a := c.next(); a.errno != 0 {
+			t.Fatalf("%+v", a)
+		}
+	}
+	await(t, sent, "the client")
 }
 
 // Who waits for nobody but itself is not evicted.

@@ -20,7 +20,8 @@ type fakeSocket struct {
 	room    int
 	closed  bool
 	sending bool
-	failing error // of the next call
+	onTry   func() // in trySend
+	failing error  // of the next call
 	rnd     *rand.Rand
 	got     bytes.Buffer
 	inSend  chan struct{} // gets a value for each send that waits
@@ -83,6 +84,9 @@ func (f *fakeSocket) trySend(segs [][]byte) (int, error) {
 		return 0, f.failing
 	case f.room == 0:
 		return 0, errAgain
+	}
+	if f.onTry != nil {
+		f.onTry()
 	}
 	return f.take(segs), nil
 }
@@ -258,6 +262,26 @@ func TestOutgoingOrder(t *testing.T) {
 		if f.got.Len() != 0 {
 			t.Fatalf("%d bytes too many", f.got.Len())
 		}
+	}
+}
+
+// What is left of a piece goes before what came while it was being sent.
+func TestOutgoingRest(t *testing.T) {
+	f := newFakeSocket(0)
+	f.rnd = rand.New(zeroSource{})
+	c := newOut(f)
+	f.onTry = func() {
+		f.onTry = nil
+		c.out.enqueue(segment{b: []byte("fg")})
+	}
+	f.allow(3)
+	if c.out.sendOwn(segment{[]byte("abcde"), c.charged()}) {
+		t.Fatal("sent more than there was room for")
+	}
+	f.allow(10)
+	checkOut(t, c)
+	if got := f.got.String(); got != "abcdefg" {
+		t.Fatal(got)
 	}
 }
 
