@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -89,7 +90,7 @@ func TestShutdownAnswers(t *testing.T) {
 func TestShutdownUnreadRequests(t *testing.T) {
 	for name, link := range links {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, rigConfig{tmpfs: true, content: contents})
+			r := newRig(t, rigConfig{tmpfs: true, content: contents, Config: Config{Memory: 1}})
 			c := r.connectOver(&testCodec{}, small(link))
 			sent := background(func() {
 				for {
@@ -105,8 +106,12 @@ func TestShutdownUnreadRequests(t *testing.T) {
 			done := background(func() { r.e.Shutdown(context.Background()) })
 			eventually(t, "it shuts down", func() bool { return c.conn.stopping.Load() })
 			answers := uint64(0)
+			must(t, c.nc.SetReadDeadline(time.Now().Add(patience)))
 			for {
 				a, err := c.receive()
+				if errors.Is(err, os.ErrDeadlineExceeded) {
+					t.Fatal("neither replies nor an end")
+				}
 				if err != nil {
 					break
 				}

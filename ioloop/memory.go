@@ -1,0 +1,111 @@
+package ioloop
+
+// takeInput gets the input buffer. It counts in the budget but is never waited
+// for: without it a connection could not even be refused.
+func (c *conn) takeInput() {
+	c.in = c.e.buffers.get(inputSize)
+	c.r, c.w = 0, 0
+	c.e.budget.takeFloor(c.in.cost())
+}
+
+// takeReply gets a reply buffer. Each connection may have one in any case.
+// Another, while the first waits for the client to take it, is only for memory
+// that nobody else needs; without that, receiving pauses until there is one or
+// the client has taken the first.
+func (c *conn) takeReply() {
+	c.filled = 0
+	n := bufferCost(classOf(replySize))
+	for c.unsent.Load() > 0 {
+		if c.held.Load()+n <= c.e.budget.share && c.e.budget.tryFloor(n) {
+			c.reply = c.e.buffers.get(replySize)
+			return
+		}
+		if !c.awaitRoom() {
+			break
+		}
+	}
+	c.e.budget.takeFloor(n)
+	c.reply = c.e.buffers.get(replySize)
+}
+
+// releaseBuffers is called when there is nothing to receive and nothing to
+// send: a thousand idle connections hold no memory.
+func (c *conn) releaseBuffers() {
+	for _, b := range []**buffer{&c.in, &c.reply} {
+		if *b != nil {
+			c.e.budget.release(lease{(*b).cost(), floor})
+			c.e.buffers.put(*b)
+			*b = nil
+		}
+	}
+	c.r, c.w, c.filled = 0, 0, 0
+}
+
+// onRest and onPayload are what a receive does that has to wait; see
+// transport.recv. They are bound once, in atRest and inPayload: a bound method
+// made for each receive would be an allocation.
+func (c *conn) onRest() (released bool) {
+	c.releaseBuffers()
+	return true
+}
+
+// discharge gives memory back that was counted in held.
+func (c *conn) discharge(l lease) {
+	c.held.Add(-l.n)
+	if l.of == floor {
+		c.unsent.Add(-1)
+	}
+	c.e.budget.release(l)
+	c.signalRoom()
+}
+
+func (c *conn) signalRoom() {
+	select {
+	case c.room <- struct{}{}:
+	default:
+	}
+}
+
+// awaitRoom waits until a task ends or memory of this connection is given
+// back since it was last called, or reports that the connection is broken.
+func (c *conn) awaitRoom() bool {
+	select {
+	case <-c.room:
+		return true
+	case <-c.out.broken:
+		return false
+	}
+}
+
+// lend takes n bytes of the budget for a request, waiting if it must; then
+// receiving pauses, and what was answered is sent first. small requests may
+// use the reserve. The caller holds no admission and no memory of which more
+// is waited for. It reports whether it got them.
+func (c *conn) lend(n int64, small bool) (lease, bool) {
+	for c.held.Load() > 0 && c.held.Load()+n > c.e.budget.share {
+		c.flush()
+		if !c.awaitRoom() {
+			return lease{}, false
+		}
+	}
+	w := want{n, small, &c.held}
+	l, ok := c.e.budget.try(w)
+	if !ok {
+		c.flush()
+		if l, ok = c.e.acquire(w, c); !ok {
+			return lease{}, false
+		}
+	}
+	c.held.Add(n)
+	return l, true
+}
+
+// stalledSince is when the client last moved anything it owes us, in Unix
+// nanoseconds; 0 if it owes nothing.
+func (c *conn) stalledSince() int64 {
+	a, b := c.out.stalledSince.Load(), c.payloadSince.Load()
+	if a == 0 || (b != 0 && b < a) {
+		return b
+	}
+	return a
+}

@@ -1,0 +1,79 @@
+package ioloop
+
+import (
+	"errors"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// maxErrorReply bounds AppendError.
+const maxErrorReply = MaxHeader + 4096
+
+// batch counts what one batch did, to be added to the disk's counts at once.
+type batch struct {
+	reads, writes, bytesRead, bytesWritten, refused, errors uint64
+}
+
+// flush sends the replies collected so far.
+func (c *conn) flush() {
+	c.batch.addTo(&c.disk.counts)
+	if c.filled == 0 {
+		return
+	}
+	t := taskOf(c, c.reply)
+	seg := segment{b: c.reply.raw[:c.filled], task: t}
+	c.filled = 0
+	c.held.Add(t.lease.n)
+	c.unsent.Add(1)
+	if c.out.sendOwn(seg) {
+		c.held.Add(-t.lease.n)
+		c.unsent.Add(-1)
+		t.buf = nil
+		t.recycle()
+		return
+	}
+	c.reply = nil // it belongs to the queue now
+}
+
+func (b *batch) addTo(d *counts) {
+	if *b == (batch{}) {
+		return
+	}
+	d.reads.Add(b.reads)
+	d.writes.Add(b.writes)
+	d.bytesRead.Add(b.bytesRead)
+	d.bytesWritten.Add(b.bytesWritten)
+	d.refused.Add(b.refused)
+	d.errors.Add(b.errors)
+	*b = batch{}
+}
+
+// space makes room for n more bytes of replies. It may wait for the client: see
+// takeReply.
+func (c *conn) space(n int) []byte {
+	if c.reply != nil && c.filled+n > len(c.reply.raw) {
+		c.flush()
+	}
+	if c.reply == nil {
+		c.takeReply()
+	}
+	return c.reply.raw[:c.filled]
+}
+
+// replyDone and replyError answer inline.
+func (c *conn) replyDone(r *Request) {
+	c.filled = len(c.codec.AppendDone(c.space(MaxHeader), r))
+}
+
+func (c *conn) replyError(r *Request, err error) {
+	c.batch.count(err)
+	c.filled = len(c.codec.AppendError(c.space(maxErrorReply), r, err))
+}
+
+func (b *batch) count(err error) {
+	if errors.Is(err, state.ErrInactive) || errors.Is(err, state.ErrStopping) {
+		b.refused++
+	} else {
+		b.errors++
+	}
+}
