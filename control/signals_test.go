@@ -97,6 +97,7 @@ func TestSignals(t *testing.T) {
 	close(settle)
 	expect(t, lines, "image is inactive")
 	expect(t, lines, "image is inactive")
+	waitFor(s, func() bool { return len(s.slots[syscall.SIGUSR1])+len(s.slots[syscall.SIGUSR2]) == 0 }) // the storm is over
 
 	kill(t, syscall.SIGTERM)
 	<-s.Stop()

@@ -91,12 +91,12 @@ func TestShutdownUnreadRequests(t *testing.T) {
 	for name, link := range links {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t, rigConfig{tmpfs: true, content: contents, Config: Config{Memory: 1}})
-			c := r.connectOver(&testCodec{}, small(link))
+			c := r.connectOver(&testCodec{}, link)
 			sent := background(func() {
 				for {
 					b, _ := c.header(OpWrite, 0, 4096, 512)
 					b = append(b, contents[:512]...)
-					h, _ := c.header(OpRead, 0, 0, 4096)
+					h, _ := c.header(OpRead, 0, 0, 32<<10)
 					if _, err := c.nc.Write(append(b, h...)); err != nil {
 						return
 					}
