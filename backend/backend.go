@@ -91,7 +91,9 @@ type Info struct {
 	// CanTrim and CanFastZero: what the host file system does, probed at
 	// open. Zeroing by other means always works.
 	CanTrim, CanFastZero bool
-	// WriteThrough: every write is durable when it is acknowledged.
+	// WriteThrough: every write, discard and zeroing is to be durable when it
+	// is acknowledged. The image does not see to that: its caller treats each
+	// as one with FUA.
 	WriteThrough bool
 }
 
@@ -133,7 +135,8 @@ type Image interface {
 	// share one. An error that satisfies SyncFailed is sticky.
 	Flush() error
 	// Discard tells the storage that the range is no longer needed. The
-	// bytes there read as zeros or as before.
+	// bytes there read as zeros or as before. Like Zero it is durable after
+	// the next Flush, also with WriteThrough.
 	Discard(off, n int64) error
 	// Zero makes the range read as zeros.
 	Zero(off, n int64, flags ZeroFlags) error

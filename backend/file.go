@@ -20,7 +20,7 @@ const (
 // File is an open host file: one open file description, or with O_DIRECT two
 // of the same inode (the second, buffered one is for a tail that fills no
 // block). Its methods may be called by any number of goroutines at once, but
-// for Close, load, lock and unlock, which belong to whoever changes
+// for Close, load and lock, which belong to whoever changes
 // ownership. Offsets and lengths are bytes. Errors are *fs.PathError and wrap
 // a syscall.Errno; buffers are the caller's again on return.
 type File struct {
@@ -43,6 +43,7 @@ type File struct {
 	noPunch, noZeroRange, noDsync atomic.Bool // found not supported
 
 	held   []lockByte // bytes locked on fd and tailFd
+	listed bool       // the kernel lists them in fdinfo
 	faults faults
 }
 
@@ -214,8 +215,9 @@ func (f *File) Traits() Traits { return f.traits }
 // Writable reports whether the file is open for writing.
 func (f *File) Writable() bool { return f.writable }
 
-// Close closes the descriptors, and with them drops the locks. It writes
-// nothing. Nothing may use the file any more.
+// Close closes the descriptors. The locks go with the descriptions, that is
+// when the last I/O on them has ended, and never before. It writes nothing.
+// Nothing may use the file any more.
 func (f *File) Close() error {
 	var errs [2]error
 	for i, fd := range [...]*int{&f.tailFd, &f.fd} {
@@ -232,7 +234,7 @@ func (f *File) Close() error {
 		}
 		*fd = -1
 	}
-	f.held = nil
+	f.held, f.listed = nil, false
 	return errors.Join(errs[:]...)
 }
 

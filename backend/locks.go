@@ -4,8 +4,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -96,22 +99,18 @@ func noLocks(path string, why error) error {
 }
 
 // LockActive locks f for an owner who writes: it holds 100, 101, 103, 201
-// and 203, and nobody else 200, 201, 203, 101 or 103. On failure nothing is
-// held, and the error is a *LockError if somebody else has the image.
+// and 203, and nobody else 200, 201, 203, 101 or 103. The error is a
+// *LockError if somebody else has the image; f must be closed then, which
+// drops what was taken.
 func (f *File) LockActive() error { return f.lock(lockActive) }
 
 // LockReadOnly locks f for an owner who only reads: it holds 100, 201 and
 // 203, and nobody else 200, 101 or 103. Errors are as of LockActive.
 func (f *File) LockReadOnly() error { return f.lock(lockReadOnly) }
 
-func (f *File) lock(s lockSet) (err error) {
-	defer func() {
-		if err != nil {
-			f.Unlock()
-		}
-	}()
+func (f *File) lock(s lockSet) error {
 	take := func(b lockByte) error {
-		err := f.setLock(f.fd, unix.F_RDLCK, b)
+		err := f.takeLock(f.fd, b)
 		if err == unix.EAGAIN || err == unix.EACCES {
 			return newLockError(f.path, b)
 		}
@@ -151,6 +150,9 @@ func (f *File) lock(s lockSet) (err error) {
 	if err != nil {
 		return noLocks(f.path, err)
 	}
+	// Where the server keeps the locks (FUSE) the kernel does not list them.
+	lists, err := f.listsHeld(f.fd)
+	f.listed = err == nil && lists
 	return nil
 }
 
@@ -158,7 +160,7 @@ func (f *File) lock(s lockSet) (err error) {
 // as I/O of either. Nothing is tested: it would find its sibling.
 func (f *File) lockTwin() error {
 	for _, b := range f.held {
-		if err := f.setLock(f.tailFd, unix.F_RDLCK, b); err != nil {
+		if err := f.takeLock(f.tailFd, b); err != nil {
 			return noLocks(f.path, err)
 		}
 	}
@@ -169,7 +171,7 @@ func (f *File) lockTwin() error {
 // locks that f has. Byte 201 tells: had another held it first, an owner who
 // writes would have failed; where a second reader holds it too, locks are seen
 // between processes. Nothing is taken for it, so nobody is disturbed. It may
-// run beside anything but Unlock and Close.
+// run beside anything but Close.
 func (f *File) locksSeen() (bool, error) {
 	fd, err := reopenFd(f.fd, f.path, f.id, opReopen, openHow{faults: f.faults})
 	if err != nil {
@@ -179,17 +181,103 @@ func (f *File) locksSeen() (bool, error) {
 	return f.heldElsewhere(fd, lockForbids+1)
 }
 
-// setLock takes or drops a byte for the description behind fd.
-func (f *File) setLock(fd int, how int16, b lockByte) error {
-	op := opLock
-	if how == unix.F_UNLCK {
-		op = opUnlock
+// locksKept reports whether f still has the locks it took. What its own
+// descriptions hold is in fdinfo, whoever else holds the same bytes; where
+// that cannot be had, locksSeen has to do. It may run beside anything but
+// Close.
+func (f *File) locksKept() (bool, error) {
+	if !f.listed {
+		return f.locksSeen()
 	}
+	for _, fd := range [...]int{f.fd, f.tailFd} {
+		if fd < 0 {
+			continue
+		}
+		kept, err := f.listsHeld(fd)
+		if err != nil {
+			return f.locksSeen()
+		}
+		if !kept {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// listsHeld reports whether the kernel lists all bytes of f.held as locks of
+// the description behind fd.
+func (f *File) listsHeld(fd int) (bool, error) {
+	if err := f.faults.check(opListLocks, 0); err != nil {
+		return false, err
+	}
+	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	if err != nil {
+		return false, err
+	}
+	for _, b := range f.held {
+		if !listsLock(string(info), b) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// listsLock looks for b in the text of an fdinfo, where neighbouring bytes
+// are one range:
+//
+//	lock:	1: OFDLCK ADVISORY  READ -1 fe:00:9977875 100 101
+func listsLock(fdinfo string, b lockByte) bool {
+	for line := range strings.Lines(fdinfo) {
+		v, ok := strings.CutPrefix(line, "lock:")
+		w := strings.Fields(v)
+		if !ok || len(w) < 8 || w[1] != "OFDLCK" {
+			continue
+		}
+		first, err := strconv.ParseInt(w[6], 10, 64)
+		if err != nil || int64(b) < first {
+			continue
+		}
+		if last, err := strconv.ParseInt(w[7], 10, 64); w[7] == "EOF" || err == nil && int64(b) <= last {
+			return true
+		}
+	}
+	return false
+}
+
+const (
+	// Who tries to lock an owned image holds byte 101 for a moment, until it
+	// finds that it may not. Only who holds it for longer than that writes.
+	strangerLooks = 5
+	strangerPause = 2 * time.Millisecond
+	strangerTimes = 3 // calls of Check in a row
+)
+
+// stranger reports whether another description holds the byte of those who
+// write, although f is locked by one who writes and forbids it. With a twin,
+// which holds the byte too, that cannot be told.
+func (f *File) stranger() (bool, error) {
+	const writes = lockUses + 1
+	if f.tailFd >= 0 || !slices.Contains(f.held, writes) {
+		return false, nil
+	}
+	for try := range strangerLooks {
+		if try > 0 {
+			time.Sleep(strangerPause)
+		}
+		if held, err := f.heldElsewhere(f.fd, writes); err != nil || !held {
+			return false, err
+		}
+	}
+	return true, nil
+}
+
+// takeLock takes a byte for the description behind fd.
+func (f *File) takeLock(fd int, b lockByte) error {
 	return retry(func() error {
-		if err := f.faults.check(op, int64(b)); err != nil {
+		if err := f.faults.check(opLock, int64(b)); err != nil {
 			return err
 		}
-		return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: how, Whence: io.SeekStart, Start: int64(b), Len: 1})
+		return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_RDLCK, Whence: io.SeekStart, Start: int64(b), Len: 1})
 	})
 }
 
@@ -203,24 +291,6 @@ func (f *File) heldElsewhere(fd int, b lockByte) (bool, error) {
 		return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l)
 	})
 	return l.Type != unix.F_UNLCK, err
-}
-
-// Unlock drops all locks of f. An error is the first of those met; what it
-// left goes with Close.
-func (f *File) Unlock() error {
-	var first error
-	for _, fd := range [...]int{f.tailFd, f.fd} {
-		if fd < 0 {
-			continue
-		}
-		for _, b := range f.held {
-			if err := f.setLock(fd, unix.F_UNLCK, b); err != nil && first == nil {
-				first = f.fail("unlock", err)
-			}
-		}
-	}
-	f.held = nil
-	return first
 }
 
 // heldText lists the bytes f has locked, as in "100,101", or says "none".

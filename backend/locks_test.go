@@ -27,9 +27,9 @@ func TestLockBytes(t *testing.T) {
 		if f.heldText() != "100,101,103,201,203" {
 			t.Error(f.heldText())
 		}
-		must(t, f.Unlock())
+		must(t, f.Close())
 		if got := procLocks(t, path); len(got) != 0 || f.heldText() != "none" {
-			t.Errorf("unlocked: %v", got)
+			t.Errorf("closed: %v", got)
 		}
 		ro := openTest(t, path, openHow{})
 		must(t, ro.LockReadOnly())
@@ -70,6 +70,13 @@ func heldBy(t *testing.T, path string, b int64) (fds []int) {
 	return fds
 }
 
+// dropLock takes a lock away behind the back of the File.
+func dropLock(t *testing.T, fd int, b lockByte) {
+	t.Helper()
+	l := unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart, Start: int64(b), Len: 1}
+	must(t, unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l))
+}
+
 // Who is refused by whom, and by which byte.
 func TestLockMatrix(t *testing.T) {
 	onEach(t, func(t *testing.T, dir string) {
@@ -95,7 +102,7 @@ func TestLockMatrix(t *testing.T) {
 			t.Run(c.name, func(t *testing.T) {
 				other := openTest(t, path, openHow{write: true})
 				for _, b := range c.held {
-					must(t, other.setLock(other.fd, unix.F_RDLCK, lockByte(b)))
+					must(t, other.takeLock(other.fd, lockByte(b)))
 				}
 				for _, try := range []struct {
 					how  openHow
@@ -114,11 +121,11 @@ func TestLockMatrix(t *testing.T) {
 						if !errors.As(err, &le) || le.Byte != try.want || !isErrno(err, unix.EBUSY) {
 							t.Errorf("write=%v: %v, want byte %d", try.how.write, err, try.want)
 						}
-						if n := len(procLocks(t, path)); n != len(c.held) {
-							t.Errorf("%d locks after a failure", n)
-						}
 					}
 					f.Close()
+					if n := len(procLocks(t, path)); n != len(c.held) {
+						t.Errorf("%d locks after a failure", n)
+					}
 				}
 			})
 		}
@@ -146,22 +153,26 @@ func TestLockRace(t *testing.T) {
 		var owners, won, lost atomic.Int32
 		var wg sync.WaitGroup
 		for range 4 {
-			f := openTest(t, path, openHow{write: true})
 			wg.Go(func() {
 				for range 300 {
-					err := f.LockActive()
+					f, err := openFile(path, openHow{write: true})
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					err = f.LockActive()
 					if err == nil {
 						if owners.Add(1) != 1 {
 							t.Error("two owners")
 						}
 						won.Add(1)
 						owners.Add(-1)
-						f.Unlock()
 					} else if isErrno(err, unix.EBUSY) {
 						lost.Add(1)
 					} else {
 						t.Error(err)
 					}
+					f.Close()
 				}
 			})
 		}
@@ -203,8 +214,7 @@ func TestLocksDoNotWork(t *testing.T) {
 					if op == opLock && b == 203 { // the last: take the others away again
 						fds := heldBy(t, path, 201)
 						for _, fd := range fds {
-							l := unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart, Start: 201, Len: 1}
-							must(t, unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l))
+							dropLock(t, fd, 201)
 						}
 					}
 					return n, nil
@@ -238,7 +248,7 @@ func TestLocksLost(t *testing.T) {
 		must(t, activate(r, false))
 		must(t, r.Check())
 		f := r.cur.Load().file
-		must(t, f.setLock(f.fd, unix.F_UNLCK, 201))
+		dropLock(t, f.fd, 201)
 		err := r.Check()
 		var fenced interface{ Fenced() bool }
 		if !errors.As(err, &fenced) || !fenced.Fenced() {
@@ -250,6 +260,103 @@ func TestLocksLost(t *testing.T) {
 		}
 		f.faults = nil
 	})
+}
+
+func wantLost(t *testing.T, err error, want bool) {
+	t.Helper()
+	var fe *FencedError
+	if errors.As(err, &fe) != want || !want && err != nil {
+		t.Fatalf("fenced, want %v: %v", want, err)
+	}
+}
+
+// A thief who holds the same bytes does not hide that ours are lost, of either
+// description.
+func TestLocksStolen(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		for _, cache := range []CacheMode{CacheWriteback, CacheNone} {
+			for _, twin := range []bool{false, true} {
+				if twin && cache != CacheNone {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s/twin=%v", cache, twin), func(t *testing.T) {
+					path := writeFile(t, dir, make([]byte, 5000))
+					r := openImage(t, Options{Path: path, Cache: cache}, nil)
+					must(t, activate(r, false))
+					f := r.cur.Load().file
+					wantLost(t, r.Check(), false)
+					fd := f.fd
+					if twin {
+						if fd = f.tailFd; fd < 0 {
+							t.Skip("no twin here")
+						}
+					}
+					for _, b := range f.held {
+						dropLock(t, fd, b)
+					}
+					thief := openTest(t, path, openHow{write: true})
+					for _, b := range f.held {
+						must(t, thief.takeLock(thief.fd, b))
+					}
+					wantLost(t, r.Check(), true)
+				})
+			}
+		}
+	})
+}
+
+// Where the kernel does not list the locks, others tell whether they are seen.
+func TestLocksNotListed(t *testing.T) {
+	for _, when := range []string{"always", "later"} {
+		path := writeFile(t, t.TempDir(), make([]byte, 4096))
+		h := new(failing)
+		r := openImage(t, Options{Path: path}, h.hook)
+		if when == "always" {
+			h.set(opListLocks, unix.ENOENT)
+		}
+		must(t, activate(r, false))
+		h.set(opListLocks, unix.ENOENT)
+		wantLost(t, r.Check(), false)
+		dropLock(t, r.cur.Load().file.fd, 201)
+		wantLost(t, r.Check(), true)
+	}
+}
+
+// Who writes in spite of our locks is found out; who only tries is not.
+func TestStranger(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		path := writeFile(t, dir, make([]byte, 4096))
+		r := openImage(t, Options{Path: path}, nil)
+		must(t, activate(r, false))
+		for range 2 {
+			other := openTest(t, path, openHow{write: true})
+			must(t, other.takeLock(other.fd, 101))
+			for range strangerTimes - 1 {
+				wantLost(t, r.Check(), false)
+			}
+			other.Close()
+			wantLost(t, r.Check(), false)
+		}
+		other := openTest(t, path, openHow{write: true})
+		must(t, other.takeLock(other.fd, 101))
+		for range strangerTimes - 1 {
+			wantLost(t, r.Check(), false)
+		}
+		wantLost(t, r.Check(), true)
+	})
+}
+
+func TestListsLock(t *testing.T) {
+	const info = "pos:\t0\nflags:\t0100002\n" +
+		"lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:9977875 100 101\n" +
+		"lock:\t2: POSIX  ADVISORY  READ 77 fe:00:9977875 103 103\n" +
+		"lock:\t3: OFDLCK ADVISORY  READ -1 fe:00:9977875 203 EOF\n" +
+		"lock:\t4: OFDLCK\n"
+	for b, want := range map[lockByte]bool{99: false, 100: true, 101: true, 102: false, 103: false, 201: false, 203: true, 204: true} {
+		if listsLock(info, b) != want {
+			t.Errorf("%d: %v", b, !want)
+		}
+	}
 }
 
 // With O_DIRECT and a tail both descriptions hold the locks.

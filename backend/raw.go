@@ -47,6 +47,10 @@ type view struct {
 	full   *full       // where there are none; nil where asking never waits
 
 	measuring sync.Mutex // one measurement at a time reaches limit
+
+	// What Check has seen.
+	strange  atomic.Int32 // times in a row that another held byte 101
+	nameless atomic.Bool  // the path names something else; told
 }
 
 func newRaw(f *File, o Options, probed bool, h faults) *Raw {
@@ -278,9 +282,6 @@ func (r *Raw) erase(op string, off, n int64, do func(*File) error) error {
 	v.sparse.Store(!v.file.traits.BlockDevice)
 	if v.full != nil {
 		v.full.remove(off, n)
-	}
-	if r.info.WriteThrough {
-		return v.file.Sync()
 	}
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -74,29 +75,45 @@ func (r *Raw) SyncAhead(ctx context.Context) error {
 }
 
 // Settle is called with the gate closed and no write-class request under way.
-// It opens the read-only description of the inactive image, makes everything
-// durable and takes the fingerprint. An error leaves the image active; one
+// It makes everything durable, opens the read-only description of the inactive
+// image and takes the fingerprint. An error leaves the image active; one
 // that satisfies SyncFailed means that it can never be handed over as clean,
-// and a *FencedError that somebody else took it.
+// a *FencedError that somebody else took it, and a *ViewError that all is
+// durable and only the opening failed.
 func (r *Raw) Settle() error {
 	if err := r.record.settled(); err != nil {
 		return err
 	}
 	v := r.cur.Load()
-	next, err := r.openInactive(v)
-	if err != nil {
-		return err
-	}
 	if v.file.writable {
 		if err := v.file.Sync(); err != nil {
-			next.file.Close()
 			return err
 		}
+	}
+	next, err := r.openInactive(v)
+	if err != nil {
+		return &ViewError{Path: r.opts.Path, Err: err}
 	}
 	r.print = v.file.fingerprint()
 	r.next, r.clean = next, true
 	return nil
 }
+
+// ViewError says that an image was made durable, and then could not be opened
+// for reading, as it is while inactive.
+type ViewError struct {
+	Path string
+	Err  error
+}
+
+func (e *ViewError) Error() string {
+	return fmt.Sprintf("everything written to %s is on disk, but it cannot be opened read-only: %v", e.Path, e.Err)
+}
+
+func (e *ViewError) Unwrap() error { return e.Err }
+
+// Durable marks the error: nothing is lost.
+func (e *ViewError) Durable() bool { return true }
 
 // openInactive opens a view of the same inode for reading, without locks. Its
 // size stays that of v, which clients know.
@@ -142,6 +159,11 @@ func (r *Raw) Abandon() error {
 	if err != nil {
 		next = &view{file: deadFile(r.opts.Path, r.id), size: v.size}
 	}
+	if v.file.syncer.failed() != nil {
+		// Whatever comes of it: what is still dirty is to be written now, and
+		// not once another owns the image.
+		_ = v.file.fdatasync()
+	}
 	if e := v.file.fadvise(0, 0, unix.FADV_DONTNEED); e != nil {
 		err = errors.Join(err, v.file.fail("drop the page cache of", e))
 	}
@@ -163,15 +185,15 @@ func (r *Raw) publish() {
 
 // Release is called when no request uses the view before the last
 // PublishInactive. It notes in the owner record that a settled image was let go
-// in order, drops the locks and closes every writable description. All happens
-// whatever fails; an error is for the log.
+// in order, and then closes every writable description, with which the locks
+// go. All happens whatever fails; an error is for the log.
 func (r *Raw) Release() error {
 	v := r.old
 	if v == nil {
 		return nil
 	}
 	r.old = nil
-	err := errors.Join(r.endClaim(), v.file.Unlock(), v.file.Close())
+	err := errors.Join(r.endClaim(), v.file.Close())
 	r.noteLocks(nil)
 	return err
 }
@@ -192,12 +214,14 @@ func (r *Raw) Acquire() (err error) {
 		return r.fail("activate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
 	}
 	f, err := openFile(r.opts.Path, r.how(!r.opts.ReadOnly))
+	if isErrno(err, unix.ENOENT) {
+		return r.removed()
+	}
 	if err != nil {
 		return err
 	}
 	defer func() {
 		if err != nil {
-			f.Unlock()
 			f.Close()
 		}
 	}()
@@ -221,7 +245,11 @@ func (r *Raw) Acquire() (err error) {
 		}
 		// Who replaces an image by renaming may have done so meanwhile.
 		var st unix.Stat_t
-		if err := retry(func() error { return unix.Stat(r.opts.Path, &st) }); err != nil {
+		err := retry(func() error { return unix.Stat(r.opts.Path, &st) })
+		if err == unix.ENOENT {
+			return r.removed()
+		}
+		if err != nil {
 			return r.fail("stat", err)
 		}
 		if inodeOf(&st) != r.id {
@@ -236,6 +264,17 @@ func (r *Raw) Acquire() (err error) {
 	r.next = &view{file: f, active: true}
 	return nil
 }
+
+func (r *Raw) removed() error {
+	where := ""
+	if fd := r.cur.Load().file.fd; fd >= 0 {
+		where = "; its bytes are still at " + procPath(fd)
+	}
+	return r.fail("activate", fmt.Errorf("the image was removed while this process had it open%s: %w", where, unix.ENOENT))
+}
+
+// procPath is where others find what is open as fd.
+func procPath(fd int) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) }
 
 func (r *Raw) replaced() error {
 	return r.fail("activate", fmt.Errorf("the path names another file than the one being served, which was replaced; restart nbd-export to serve the new one: %w", unix.ESTALE))
@@ -312,9 +351,10 @@ func (r *Raw) Claim(own uint64) (epoch uint64, err error) {
 func (r *Raw) PublishActive() { r.publish() }
 
 // Check looks at the active image's file, about once a second, for what no
-// request would notice: that it has shrunk, which ends writes there, and that
-// the kernel no longer has our locks or the owner record names another, which
-// is the error *FencedError. A record that was removed it writes again. It may
+// request would notice: that it has shrunk, which ends writes there; that the
+// path no longer names it, which is told once; and that the kernel no longer
+// has our locks, that somebody writes in spite of them, or that the owner
+// record names another, which is the error *FencedError. A record that was removed it writes again. It may
 // run beside anything but Release, Retire and Close.
 func (r *Raw) Check() error {
 	v := r.cur.Load()
@@ -322,18 +362,40 @@ func (r *Raw) Check() error {
 		return nil
 	}
 	r.measure(v)
+	r.checkName(v)
 	var failed error
 	if len(v.file.held) > 0 {
-		seen, err := v.file.locksSeen()
-		if err == nil && !seen {
+		kept, err := v.file.locksKept()
+		if err == nil && !kept {
 			return &FencedError{Path: r.opts.Path}
 		}
 		failed = err
+		strange, err := v.file.stranger()
+		switch {
+		case err != nil:
+			failed = errors.Join(failed, err)
+		case !strange:
+			v.strange.Store(0)
+		case v.strange.Add(1) >= strangerTimes:
+			return &FencedError{Path: r.opts.Path}
+		}
 	}
 	if err := r.record.check(); err != nil {
 		return err
 	}
 	return failed
+}
+
+// checkName tells, once, that the path names the active image no longer: what
+// is written goes when the last descriptor does.
+func (r *Raw) checkName(v *view) {
+	var st unix.Stat_t
+	err := retry(func() error { return unix.Stat(r.opts.Path, &st) })
+	gone := err == unix.ENOENT || err == nil && inodeOf(&st) != r.id
+	if gone && !v.nameless.Swap(true) {
+		r.warnf("%s: the path no longer names the image that is being served; its bytes are still reachable as %s; copy them before the server stops",
+			r.opts.Path, procPath(v.file.fd))
+	}
 }
 
 // FencedError says that another process may own an active image: its locks
@@ -369,10 +431,9 @@ func (e *FencedError) Fenced() bool { return true }
 func (r *Raw) Withdraw() {
 	if v := r.next; v != nil {
 		r.warn(r.record.withdraw())
-		r.warn(v.file.Unlock())
-		r.noteLocks(nil)
 	}
 	r.dropNext()
+	r.noteLocks(nil)
 }
 
 // Retire is called when no request uses the view before the last
@@ -384,8 +445,8 @@ func (r *Raw) Retire() {
 	}
 }
 
-// Close closes whatever is open, writing nothing to the image, and drops the
-// locks. Of a settled image the owner record says before that it was let go in
+// Close closes whatever is open, writing nothing to the image; the locks go
+// with the descriptions. Of a settled image the owner record says before that it was let go in
 // order; of one that is being activated, what it said before. No data method
 // may be running or called again. It may be called twice.
 func (r *Raw) Close() error {
@@ -397,7 +458,7 @@ func (r *Raw) Close() error {
 	}
 	for _, v := range [...]*view{r.next, r.old, r.cur.Load()} {
 		if v != nil {
-			errs = append(errs, v.file.Unlock(), v.file.Close())
+			errs = append(errs, v.file.Close())
 		}
 	}
 	r.next, r.old = nil, nil

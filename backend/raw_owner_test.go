@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -216,6 +217,10 @@ func TestSettleFails(t *testing.T) {
 			if SyncFailed(err) != (op == opSync) {
 				t.Errorf("op %d: %v", op, err)
 			}
+			var ve *ViewError
+			if errors.As(err, &ve) != (op == opReopen) || op == opReopen && (!ve.Durable() || h.count(opSync) != 1 || !strings.Contains(err.Error(), "is on disk")) {
+				t.Errorf("op %d, %d syncs: %v", op, h.count(opSync), err)
+			}
 			h.set(op, nil)
 			if all, w := descriptors(t, path); all != 1 || w != 1 || len(procLocks(t, path)) != 5 {
 				t.Errorf("op %d: %d descriptors, %d writable, %v", op, all, w, procLocks(t, path))
@@ -299,6 +304,72 @@ func TestAbandon(t *testing.T) {
 	})
 }
 
+// What is dirty after a failed sync is written before the locks go, once, and
+// nobody minds whether that works.
+func TestAbandonWritesWhatIsDirty(t *testing.T) {
+	for _, failed := range []bool{false, true} {
+		var trace []sysop
+		sync := error(nil)
+		r := openImage(t, Options{Path: writeFile(t, t.TempDir(), make([]byte, 5000))}, func(op sysop, _ int64, n int) (int, error) {
+			if op == opSync || op == opAdvise {
+				trace = append(trace, op)
+			}
+			if op == opSync {
+				return n, sync
+			}
+			return n, nil
+		})
+		must(t, activate(r, false))
+		if failed {
+			sync = unix.EIO
+			if err := r.Flush(); !SyncFailed(err) {
+				t.Fatal(err)
+			}
+		}
+		trace = nil
+		must(t, r.Abandon())
+		want := []sysop{opAdvise}
+		if failed {
+			want = []sysop{opSync, opAdvise}
+		}
+		if !slices.Equal(trace, want) {
+			t.Errorf("failed=%v: %v, want %v", failed, trace, want)
+		}
+		r.PublishInactive()
+		must(t, r.Release())
+	}
+}
+
+// An active image that is removed or replaced by name is told of, once.
+func TestCheckSeesName(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		for _, replaced := range []bool{false, true} {
+			path := writeFile(t, dir, pattern(5000, 1))
+			var warned []string
+			r := openImage(t, Options{Path: path, Warn: func(s string) { warned = append(warned, s) }}, nil)
+			must(t, activate(r, false))
+			must(t, r.Check())
+			if len(warned) != 0 {
+				t.Errorf("%q", warned)
+			}
+			must(t, os.Remove(path))
+			if replaced {
+				must(t, os.WriteFile(path, nil, 0o600))
+			}
+			must(t, r.Check())
+			must(t, r.Check())
+			where := procPath(r.cur.Load().file.fd)
+			if len(warned) != 1 || !strings.Contains(warned[0], "the path no longer names the image that is being served; its bytes are still reachable as "+where+"; copy them before the server stops") {
+				t.Errorf("replaced=%v: %q", replaced, warned)
+			}
+			wantContent(t, where, pattern(5000, 1))
+			must(t, r.Close())
+			os.Remove(path)
+			os.Remove(path + ".owner")
+		}
+	})
+}
+
 func TestReleaseReportsAndGoesOn(t *testing.T) {
 	path := writeFile(t, t.TempDir(), make([]byte, 5000))
 	h := new(failing)
@@ -306,11 +377,9 @@ func TestReleaseReportsAndGoesOn(t *testing.T) {
 	must(t, activate(r, false))
 	must(t, r.Settle())
 	r.PublishInactive()
-	h.set(opUnlock, unix.EIO)
 	h.set(opClose, unix.EIO)
 	err := r.Release()
 	wantErrno(t, err, unix.EIO)
-	h.set(opUnlock, nil)
 	h.set(opClose, nil)
 	if _, w := descriptors(t, path); w != 0 || len(procLocks(t, path)) != 0 || r.LocksHeld() != "none" {
 		t.Errorf("%d writable, %v, %s", w, procLocks(t, path), r.LocksHeld())
@@ -395,9 +464,15 @@ func TestReplaced(t *testing.T) {
 		path := writeFile(t, dir, pattern(5000, 1))
 		r := openImage(t, Options{Path: path}, nil)
 		must(t, os.Rename(path, path+".old"))
-		wantErrno(t, activate(r, false), unix.ENOENT)
-		must(t, os.WriteFile(path, nil, 0o600))
 		err := activate(r, false)
+		wantErrno(t, err, unix.ENOENT)
+		where := procPath(r.cur.Load().file.fd)
+		if strings.Contains(err.Error(), "truncate") || !strings.Contains(err.Error(), "was removed while this process had it open; its bytes are still at "+where) {
+			t.Error(err)
+		}
+		wantContent(t, where, pattern(5000, 1))
+		must(t, os.WriteFile(path, nil, 0o600))
+		err = activate(r, false)
 		wantErrno(t, err, unix.ESTALE)
 		t.Log(err)
 		if all, _ := descriptors(t, path); all != 0 {

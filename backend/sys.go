@@ -30,8 +30,8 @@ const (
 	opStat
 	opAdvise
 	opLock
-	opUnlock
 	opTestLock
+	opListLocks
 	opRecordOpen
 	opRecordRead
 	opRecordUnlink

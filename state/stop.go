@@ -1,6 +1,9 @@
 package state
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // Refuse makes every request of the images, reads and parked ones included,
 // and every order but Stop fail with ErrStopping from now on. What is admitted
@@ -21,7 +24,9 @@ func Refuse(ms ...*Machine) {
 // Stop lets the images go for good: nothing new is admitted, what is admitted
 // finishes, an active image is settled, and all descriptors and locks go. An
 // inactive image is not touched. The error names each image whose last sync
-// or write failed, and what may be lost.
+// or write failed, and what may be lost. Settle may fail with an error that has
+// a Durable() bool method returning true: then nothing is lost, and what failed
+// is no longer needed, so it is observed and not returned.
 func Stop(ms ...*Machine) error {
 	Refuse(ms...)
 	var errs error
@@ -38,9 +43,11 @@ func (m *Machine) stop() error {
 	}
 	op.step(StepStop)
 	m.drain()
-	var err error
+	var err, observed error
 	if m.in(Active) {
-		err = m.img.Settle()
+		if err = m.img.Settle(); durable(err) {
+			err, observed = nil, err
+		}
 	}
 	m.endWatch()
 	m.synchronize()
@@ -57,6 +64,12 @@ func (m *Machine) stop() error {
 		err = joinErrors(err, fmt.Errorf("image %s: %w", m.name, e))
 	}
 	m.owned = false
-	m.apply(OrderStop, err)
+	m.apply(OrderStop, joinErrors(err, observed))
 	return op.finish(err)
+}
+
+// durable reports whether err says that everything is on disk all the same.
+func durable(err error) bool {
+	var d interface{ Durable() bool }
+	return failure(err) == InactivateFailed && errors.As(err, &d) && d.Durable()
 }
