@@ -3,9 +3,12 @@ package control
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 )
 
 // PIDFile tells supervisors that the server is ready, and its process id. It
@@ -28,6 +31,9 @@ func NewPIDFile(path string) (*PIDFile, error) {
 	if st, err := os.Lstat(path); err == nil && !st.Mode().IsRegular() {
 		return nil, fmt.Errorf("cannot write pid file %s: a file that is not a regular one is there; choose another path", path)
 	}
+	if !replaceable(path) {
+		return nil, fmt.Errorf("cannot write pid file %s: a file that is no pid file is there; choose another path, or remove it", path)
+	}
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	if err != nil {
 		return fail(err)
@@ -44,6 +50,24 @@ func NewPIDFile(path string) (*PIDFile, error) {
 		return fail(err)
 	}
 	return p, nil
+}
+
+// replaceable reports whether what is at path is nothing, or a pid file from
+// before: a mistyped path must not cost anybody a file, least of all an image.
+func replaceable(path string) bool {
+	f, err := os.Open(path)
+	if err != nil {
+		return errors.Is(err, fs.ErrNotExist)
+	}
+	defer f.Close()
+	b := make([]byte, 32)
+	n, err := io.ReadFull(f, b)
+	if err == nil { // longer than any pid
+		return false
+	}
+	text := strings.TrimSpace(string(b[:n]))
+	_, err = strconv.ParseUint(text, 10, 32)
+	return err == nil || text == ""
 }
 
 // Publish puts the file in place, over one that is left from before.

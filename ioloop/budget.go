@@ -178,6 +178,16 @@ func (b *budget) wanted(held *atomic.Int64) bool {
 	return slices.ContainsFunc(b.waiters, func(w *waiter) bool { return w.held != held })
 }
 
+// wantedBytes is what all who wait want, in bytes.
+func (b *budget) wantedBytes() (n int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, w := range b.waiters {
+		n += w.n
+	}
+	return n
+}
+
 // inUse is all that is taken, in bytes.
 func (b *budget) inUse() int64 {
 	b.mu.Lock()

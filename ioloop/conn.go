@@ -97,6 +97,9 @@ type conn struct {
 
 	turn turn // scheduler.mu
 
+	// waited: the client's requests have had to wait for memory.
+	waited atomic.Bool
+
 	// tasks counts those queued, running and parked.
 	tasks atomic.Int64
 

@@ -73,6 +73,7 @@ type Disk struct {
 	Image   backend.Image
 	Machine *state.Machine
 	counts  counts
+	flushes flushes
 }
 
 // NewDisk joins an image and the machine that guards it.
@@ -179,13 +180,15 @@ func (e *Engine) acquire(w want, c *conn) (lease, bool) {
 		}
 		e.mu.Unlock()
 	}()
+	c.waited.Store(true)
 	return e.budget.acquire(w, c.out.broken)
 }
 
 var errStalled = errors.New("the client has moved nothing for too long while others waited for the memory it held")
 
-// evictStalled disconnects, one at a time, clients that have moved nothing for
-// longer than the stall limit while others wait for memory.
+// evictStalled disconnects clients that have moved nothing for longer than the
+// stall limit while others wait for memory, as many as it takes, those that
+// stalled first first.
 func (e *Engine) evictStalled(calm <-chan struct{}) {
 	tick := time.NewTicker(max(e.stall/4, time.Millisecond))
 	defer tick.Stop()
@@ -195,20 +198,40 @@ func (e *Engine) evictStalled(calm <-chan struct{}) {
 			return
 		case <-tick.C:
 		}
-		if c := e.longestStalled(time.Now().Add(-e.stall)); c != nil {
+		for need := e.budget.wantedBytes(); need > 0; {
+			c := e.longestStalled(time.Now())
+			if c == nil {
+				break
+			}
+			held := c.held.Load()
+			need -= held
 			e.log.Warn("client disconnected: it has moved nothing for too long while others wait for the memory it holds",
-				zap.String("client", c.name), zap.Int64("bytes", c.held.Load()), zap.Duration("limit", e.stall))
+				zap.String("client", c.name), zap.Int64("bytes", held), zap.Duration("limit", e.patience(c)))
 			c.out.fail(errStalled)
 		}
 	}
 }
 
+// patience is how long c's client may move nothing while others wait. One
+// that had to wait for memory itself gets less: a crowd of them would else
+// keep the others waiting in turns.
+func (e *Engine) patience(c *conn) time.Duration {
+	if c.waited.Load() {
+		return e.stall / 4
+	}
+	return e.stall
+}
+
 // longestStalled is the connection whose client has moved nothing for longest,
-// if that is since before limit and another connection waits for memory.
-func (e *Engine) longestStalled(limit time.Time) (worst *conn) {
-	oldest := limit.UnixNano()
+// if that is too long and another connection waits for memory.
+func (e *Engine) longestStalled(now time.Time) (worst *conn) {
+	oldest := now.UnixNano()
 	for _, c := range e.all() {
-		if since := c.stalledSince(); since != 0 && since < oldest && e.budget.wanted(&c.held) {
+		since := c.stalledSince()
+		if since == 0 || since >= oldest || c.out.cause(nil) != nil {
+			continue
+		}
+		if now.Sub(time.Unix(0, since)) > e.patience(c) && e.budget.wanted(&c.held) {
 			worst, oldest = c, since
 		}
 	}

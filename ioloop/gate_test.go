@@ -189,9 +189,7 @@ func TestStalledClientsDelayNobody(t *testing.T) {
 			}
 			r.inactivate() // returns
 			for _, s := range stalls {
-				if s.c.conn.stalledSince() == 0 {
-					t.Fatal("a client is not stalled any more")
-				}
+				eventually(t, "the client still stalls", func() bool { return s.c.conn.stalledSince() != 0 })
 			}
 			for _, s := range stalls {
 				s.then()
@@ -222,7 +220,7 @@ func TestQueuedDiscardsEndBeforeInactive(t *testing.T) {
 	for i := range int64(queued) {
 		c.send(OpDiscard, 0, i*4096, 4096, nil)
 	}
-	for range 32 {
+	for range 24 { // of 32: what one connection may have
 		await(t, slow.entered, "the workers")
 	}
 	h.armed.Store(true)

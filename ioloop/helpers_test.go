@@ -3,10 +3,16 @@ package ioloop
 import (
 	"bufio"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -442,6 +448,34 @@ var links = map[string]func(testing.TB) (a, b net.Conn){
 	"unix": socketpair,
 	"tcp":  tcpPair,
 	"pipe": func(testing.TB) (a, b net.Conn) { return net.Pipe() },
+	"tls":  tlsPair,
+}
+
+var tlsConfig = sync.OnceValue(func() *tls.Config {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), crand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	cert := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(crand.Reader, cert, cert, &key.PublicKey, key)
+	if err != nil {
+		panic(err)
+	}
+	return &tls.Config{
+		Certificates:       []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}},
+		InsecureSkipVerify: true,
+	}
+})
+
+func tlsPair(t testing.TB) (a, b net.Conn) {
+	t.Helper()
+	a, b = socketpair(t)
+	client, server := tls.Client(a, tlsConfig()), tls.Server(b, tlsConfig())
+	done := make(chan error, 1)
+	go func() { done <- server.Handshake() }()
+	must(t, client.Handshake())
+	must(t, await(t, done, "the handshake"))
+	return client, server
 }
 
 // client is the other side of a served connection.

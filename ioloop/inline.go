@@ -236,7 +236,13 @@ func (c *conn) tryWrite(r *Request, payload []byte, p *backend.Plan) error {
 	}
 	for i := range p.Extents {
 		e := &p.Extents[i]
-		if _, err := e.File.TryWriteAt(payload[:e.Length], e.Offset); err != nil {
+		n, err := e.File.TryWriteAt(payload[:e.Length], e.Offset)
+		if err == backend.ErrWait && n > 0 {
+			// Rare, and begun: it ends under this admission, or a refusal later
+			// would leave half of a refused write in the image.
+			err = e.File.WriteAt(payload[n:e.Length], e.Offset+int64(n), durable)
+		}
+		if err != nil {
 			img.Abort(p)
 			return err
 		}

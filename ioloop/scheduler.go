@@ -10,10 +10,12 @@ const workerIdle = 2 * time.Second
 
 // scheduler runs tasks that may block on workers, which come and go with the
 // load. Connections take turns, so that one with a thousand queued discards
-// does not keep another's read waiting behind them.
+// does not keep another's read waiting behind them, and none gets all workers,
+// so that one whose reads hang in a bad disk does not stop the others.
 type scheduler struct {
 	run   func(*task)   // (*task).run, but for tests
 	limit int           // most workers
+	share int           // most of them for one connection
 	stay  time.Duration // of a worker without work
 	wake  chan struct{} // one token for each idle worker to wake
 
@@ -25,13 +27,14 @@ type scheduler struct {
 }
 
 func newScheduler(workers int) *scheduler {
-	return &scheduler{run: (*task).run, limit: workers, stay: workerIdle, wake: make(chan struct{}, workers)}
+	return &scheduler{run: (*task).run, limit: workers, share: max(1, workers-workers/4), stay: workerIdle, wake: make(chan struct{}, workers)}
 }
 
 // turn is a connection's place in the scheduler; guarded by scheduler.mu.
 type turn struct {
 	next        *conn
 	queued      bool
+	running     int // tasks with a worker
 	first, last *task
 }
 
@@ -45,8 +48,9 @@ func (s *scheduler) submit(t *task) {
 		c.turn.last.next = t
 	}
 	c.turn.last = t
-	if !c.turn.queued {
-		s.enqueueLocked(c)
+	if !s.enqueueLocked(c) {
+		s.mu.Unlock()
+		return // who runs a task of c will see to it
 	}
 	switch {
 	case s.idle > 0:
@@ -59,7 +63,15 @@ func (s *scheduler) submit(t *task) {
 	s.mu.Unlock()
 }
 
-func (s *scheduler) enqueueLocked(c *conn) {
+// enqueueLocked gives c a turn if it has none and has something to run. It
+// reports false if c has all the workers it may have.
+func (s *scheduler) enqueueLocked(c *conn) bool {
+	if c.turn.running >= s.share {
+		return false
+	}
+	if c.turn.queued || c.turn.first == nil {
+		return true
+	}
 	c.turn.queued, c.turn.next = true, nil
 	if s.last == nil {
 		s.first = c
@@ -67,6 +79,7 @@ func (s *scheduler) enqueueLocked(c *conn) {
 		s.last.turn.next = c
 	}
 	s.last = c
+	return true
 }
 
 // takeLocked is the next task of the connection whose turn it is.
@@ -85,17 +98,23 @@ func (s *scheduler) takeLocked() *task {
 	t.next = nil
 	if c.turn.first == nil {
 		c.turn.last = nil
-	} else {
-		s.enqueueLocked(c)
 	}
+	c.turn.running++
+	s.enqueueLocked(c)
 	return t
 }
 
 func (s *scheduler) work() {
 	timer := time.NewTimer(s.stay)
 	defer timer.Stop()
+	var ran *conn // whose task this worker ran last
 	for {
 		s.mu.Lock()
+		if ran != nil {
+			ran.turn.running--
+			s.enqueueLocked(ran)
+			ran = nil
+		}
 		t := s.takeLocked()
 		if t == nil {
 			s.idle++
@@ -118,6 +137,7 @@ func (s *scheduler) work() {
 			return
 		}
 		s.mu.Unlock()
+		ran = t.conn
 		s.run(t)
 	}
 }

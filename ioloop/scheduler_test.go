@@ -45,7 +45,7 @@ func TestSchedulerTurns(t *testing.T) {
 		if len(ran) != 1004 {
 			t.Fatalf("%d tasks ran", len(ran))
 		}
-		want := []*conn{busy, busy, quiet, other, busy, other, busy, busy}
+		want := []*conn{busy, quiet, other, busy, other, busy, busy, busy}
 		for i, c := range want {
 			if ran[i].conn != c {
 				t.Fatalf("task %d is of the wrong connection", i)
@@ -77,9 +77,10 @@ func TestSchedulerWorkers(t *testing.T) {
 			<-leave
 			running.Add(-1)
 		})
-		c := new(conn)
+		c, d := new(conn), new(conn)
 		for range 100 {
 			s.submit(&task{conn: c})
+			s.submit(&task{conn: d})
 		}
 		synctest.Wait()
 		if n := running.Load(); n != 8 {
@@ -108,11 +109,66 @@ func TestSchedulerWorkers(t *testing.T) {
 	})
 }
 
+// One connection never gets all workers, what it has left over runs as its
+// tasks end, and others pass it.
+func TestSchedulerShare(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		slow, quick := new(conn), new(conn)
+		leave := make(chan struct{})
+		var stuck, ran atomic.Int64
+		s := newTestScheduler(8, func(t *task) {
+			if t.conn == slow {
+				stuck.Add(1)
+				<-leave
+			}
+			ran.Add(1)
+		})
+		for range 100 {
+			s.submit(&task{conn: slow})
+		}
+		synctest.Wait()
+		if n := stuck.Load(); n != 6 {
+			t.Fatalf("%d tasks of one connection have a worker", n)
+		}
+		for range 50 {
+			s.submit(&task{conn: quick})
+		}
+		synctest.Wait()
+		if n := ran.Load(); n != 50 {
+			t.Fatalf("%d tasks of the other connection ran", n)
+		}
+		leave <- struct{}{} // one makes room for one
+		synctest.Wait()
+		if n := stuck.Load(); n != 7 {
+			t.Fatalf("%d tasks have run or run", n)
+		}
+		time.Sleep(2 * workerIdle)
+		synctest.Wait()
+		if w, i := s.state(); w != 6 || i != 0 {
+			t.Fatalf("%d workers, %d idle", w, i)
+		}
+		close(leave)
+		synctest.Wait()
+		if n := ran.Load(); n != 150 {
+			t.Fatalf("%d tasks ran", n)
+		}
+		if slow.turn.running != 0 || quick.turn.running != 0 {
+			t.Fatal("tasks are thought to run")
+		}
+		time.Sleep(2 * workerIdle)
+		synctest.Wait()
+		if w, i := s.state(); w != 0 || i != 0 || newScheduler(1).share != 1 {
+			t.Fatalf("%d workers, %d idle", w, i)
+		}
+	})
+}
+
 // Tasks that come just when workers leave are not forgotten.
 func TestSchedulerNoLostWakeup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var ran atomic.Int64
 		s := newTestScheduler(4, func(*task) { ran.Add(1) })
+		s.share = 2
 		conns := []*conn{new(conn), new(conn), new(conn)}
 		for i := range 2000 {
 			n := 1 + i%5
@@ -143,7 +199,7 @@ func TestSchedulerNoLostWakeup(t *testing.T) {
 func TestSchedulerStress(t *testing.T) {
 	var ran atomic.Int64
 	s := newTestScheduler(3, func(t *task) { ran.Add(1) })
-	s.stay = time.Microsecond
+	s.stay, s.share = time.Microsecond, 2
 	const senders, each = 8, 3000
 	var wg sync.WaitGroup
 	for seed := range uint64(senders) {

@@ -231,23 +231,29 @@ func (t *task) run() {
 			return
 		}
 	}
-	err := t.perform()
+	if t.req.Op == OpFlush {
+		c.disk.flushes.run(t, c.disk.Image)
+		return
+	}
+	t.leave(t.perform())
+}
+
+// leave ends the admission and answers.
+func (t *task) leave(err error) {
+	lane := t.conn.lane
 	if err != nil && backend.SyncFailed(err) {
-		c.lane.Fault(err)
+		lane.Fault(err)
 	}
 	// Storage I/O has ended: from here on a transition need not wait for this
 	// request, even if its client never takes the reply.
-	c.lane.Leave()
+	lane.Leave()
 	t.admitted = false
 	t.conclude(err)
 }
 
-// perform does the storage work of an admitted task.
+// perform does the storage work of an admitted task that is no flush.
 func (t *task) perform() error {
 	r, img := &t.req, t.conn.disk.Image
-	if r.Op == OpFlush {
-		return img.Flush()
-	}
 	if err := checkRange(img, r); err != nil {
 		return err
 	}

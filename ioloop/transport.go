@@ -181,7 +181,11 @@ func (s *stream) recv(p []byte, idle func() (released bool)) (int, error) {
 		return n, nil
 	}
 	if idle == nil || !idle() {
-		return s.nc.Read(p)
+		n, err := s.nc.Read(p)
+		if n > 0 {
+			err = nil // TLS tells the end with the last bytes, and again
+		}
+		return n, err
 	}
 	n, err := s.nc.Read(s.first[:])
 	s.ahead = s.first[:n]

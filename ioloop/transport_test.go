@@ -64,7 +64,7 @@ func TestTransportRest(t *testing.T) {
 			if n, err := tr.recv(p, nil); err != io.EOF || n != 0 {
 				t.Fatal(n, err)
 			}
-			must(t, tr.close())
+			_ = tr.close() // TLS cannot say goodbye to who has left
 		})
 	}
 }
@@ -159,4 +159,42 @@ func TestTransportManyPieces(t *testing.T) {
 		t.Fatal("other bytes")
 	}
 	must(t, tr.close())
+}
+
+// endsWithBytes tells the end of the stream together with its last bytes, as
+// crypto/tls does.
+type endsWithBytes struct {
+	net.Conn
+	left []byte
+}
+
+func (e *endsWithBytes) Read(p []byte) (int, error) {
+	n := copy(p, e.left)
+	if e.left = e.left[n:]; len(e.left) == 0 {
+		return n, io.EOF
+	}
+	return n, nil
+}
+
+func TestTransportEndWithBytes(t *testing.T) {
+	for _, rests := range []bool{false, true} {
+		for _, sent := range []string{"a", "abc"} {
+			s := &stream{nc: &endsWithBytes{left: []byte(sent)}}
+			p := make([]byte, 10)
+			got := ""
+			for {
+				n, err := s.recv(p, func() bool { return rests })
+				got += string(p[:n])
+				if err == io.EOF {
+					break
+				}
+				if err != errAgain {
+					must(t, err)
+				}
+			}
+			if got != sent {
+				t.Fatalf("%q, want %q", got, sent)
+			}
+		}
+	}
 }
