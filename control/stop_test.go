@@ -166,7 +166,12 @@ func TestPIDFile(t *testing.T) {
 	if left, _ := os.ReadDir(filepath.Dir(path)); len(left) > 0 {
 		t.Errorf("left behind: %v", left)
 	}
-	for _, bad := range []string{filepath.Dir(path), filepath.Join(path, "no", "such")} {
+	// A mistyped path costs nobody a file.
+	precious := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(precious, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, bad := range []string{filepath.Dir(path), filepath.Join(path, "no", "such"), precious} {
 		if _, err := NewPIDFile(bad); err == nil || !strings.Contains(err.Error(), "cannot write pid file "+bad) {
 			t.Errorf("%s: %v", bad, err)
 		}

@@ -1,0 +1,55 @@
+package ioloop
+
+import (
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Flushes that arrive while the disk syncs share the next sync, and never the
+// one that was under way: it may have begun before the writes they are about.
+func TestFlushesShareSyncs(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true})
+	began, end := make(chan struct{}), make(chan error)
+	r.img.set(func(h *hooked) {
+		h.flushing = func() error { began <- struct{}{}; return <-end }
+	})
+	c, d := r.connect(&testCodec{}), r.connect(&testCodec{})
+	waiting := func() int {
+		r.d.flushes.mu.Lock()
+		defer r.d.flushes.mu.Unlock()
+		return len(r.d.flushes.waiting)
+	}
+	for _, result := range []error{nil, unix.ENOSPC} {
+		first := c.send(OpFlush, 0, 0, 0, nil)
+		await(t, began, "the first sync")
+		const others = 50
+		for range others {
+			c.send(OpFlush, 0, 0, 0, nil)
+			d.send(OpFlush, 0, 0, 0, nil)
+		}
+		eventually(t, "all others wait", func() bool { return waiting() == 2*others })
+		c.ok(OpDiscard, 0, 0, 4096, nil) // there are workers left
+		end <- nil
+		if a := c.next(); a.cookie != first || a.errno != 0 {
+			t.Fatalf("%+v", a)
+		}
+		await(t, began, "the second sync")
+		if n := waiting(); n != 0 {
+			t.Fatalf("%d wait for a third sync", n)
+		}
+		end <- result
+		for _, c := range []*client{c, d} {
+			for range others {
+				if a := c.next(); (a.errno != 0) != (result != nil) {
+					t.Fatalf("%+v", a)
+				}
+			}
+		}
+	}
+	select {
+	case <-began:
+		t.Fatal("a sync for nobody")
+	default:
+	}
+}
