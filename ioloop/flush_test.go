@@ -53,3 +53,29 @@ func TestFlushesShareSyncs(t *testing.T) {
 	default:
 	}
 }
+
+// Flushes that wait for a slow disk take one worker, however many they are:
+// another connection's requests that need one go on.
+func TestFlushesLeaveWorkers(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true, Config: Config{Workers: 3}})
+	slow := newBlocker()
+	r.img.set(func(h *hooked) { h.flushing = func() error { slow.wait(); return nil } })
+	many, other := r.connect(&testCodec{}), r.connect(&testCodec{})
+	want := map[uint64]bool{}
+	for range 100 {
+		want[many.send(OpFlush, 0, 0, 0, nil)] = true
+	}
+	await(t, slow.entered, "the first sync")
+	for range 10 {
+		other.ok(OpRead, 0, 0, inlineLarge+1, nil)
+		other.ok(OpDiscard, 0, 0, 4096, nil)
+	}
+	close(slow.leave)
+	for range 100 {
+		a := many.next()
+		if !want[a.cookie] || a.errno != 0 {
+			t.Fatalf("%+v", a)
+		}
+		delete(want, a.cookie)
+	}
+}
