@@ -1,6 +1,21 @@
 package main
 
 // causes says, by cell id, what limits a cell whose goal is missed and what was
-// tried. The report prints it with the miss; -render writes the report anew from
-// raw figures after a change here.
-var causes = map[string]string{}
+// tried; by reasoning, unless it quotes a measurement. The report prints it with
+// the miss; -render writes the report anew from raw figures after a change here.
+var causes = map[string]string{
+	"tmpfs-unix-randread-4k-d32-c1":       "every read is copied by pread; page references in the send are not built yet.",
+	"tmpfs-unix-randread-4k-d32-c4":       "as with one connection; two cores are shared by four connections and the client.",
+	"tmpfs-unix-randread-4k-d1-c1":        "the server sleeps between requests; a bounded spin for a single busy connection is not built yet.",
+	"tmpfs-unix-randread-16k-d16-c1":      "every read is copied by pread; page references in the send are not built yet.",
+	"tmpfs-unix-randread-64k-d8-c1":       "every read is copied by pread, and each reply is a send of its own.",
+	"tmpfs-unix-randread-1M-d4-c1":        "a read is copied through a buffer larger than the second-level cache, by a worker; sendfile is not built yet.",
+	"tmpfs-unix-randread-1M-d1-c1":        "a read is copied through a buffer larger than the second-level cache, and handed to a worker and back.",
+	"tmpfs-unix-randwrite-1M-d4-c1":       "a payload is received into a buffer and then written by a worker; receiving into the target is not built yet.",
+	"tmpfs-tcp-randwrite-1M-d4-c1":        "a payload is received into a buffer and then written by a worker; receiving into the target is not built yet.",
+	"direct-unix-randread-4k-d32-c1":      "a worker waits for each read, at most 24 for one connection; the io_uring engine is not built yet.",
+	"ext4-cached-unix-randread-4k-d32-c1": "every read is copied by pread; page references in the send are not built yet.",
+	"ext4-cached-unix-randread-1M-d4-c1":  "a read is copied through a buffer larger than the second-level cache, by a worker; sendfile is not built yet.",
+	"ext4-cached-unix-randwrite-4k-d32-c1": "overwriting 4k in the large folios that sequential filling leaves in ext4's cache is slow in the kernel; " +
+		"asking for small folios is not built yet.",
+}
