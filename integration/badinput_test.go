@@ -124,9 +124,9 @@ func TestBadFormats(t *testing.T) {
 func TestProbedRawKeepsItsFormat(t *testing.T) {
 	image := sparseImage(t, tmpfsDir(t), mib)
 	e := serve(t, image, "-f", "auto")
-	if !strings.Contains(e.log.String(), "raw") {
-		t.Errorf("no warning about the guessed format: %s", e.log)
-	}
+	e.log.wait(t, 0, "the format is a guess", func(l string) bool {
+		return strings.Contains(l, "warn") && strings.Contains(l, "taken to be raw")
+	})
 	c := dialRaw(t, e.socket, "")
 	header := append([]byte("QFI\xfb\x00\x00\x00\x03"), make([]byte, 504)...)
 	for _, magic := range [][]byte{header, append(header, make([]byte, 65536)...), header[:4]} {
