@@ -6,22 +6,28 @@ GO          ?= go
 STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 VERSION     := $(shell git describe --always --dirty 2>/dev/null)
 BIN         := bin/nbd-export
+# The same with the hooks by which the crash matrix stops it and makes it fail.
+HOOKED      := bin/nbd-export-hooks
 # The version is given by hand, so that a copy without .git builds as well.
 BUILDFLAGS  := -trimpath -buildvcs=false $(if $(VERSION),-ldflags "-X main.version=$(VERSION)")
 
-# The integration tests take the program under test from here.
+# The integration tests take the programs under test from here.
 export NBD_EXPORT := $(CURDIR)/$(BIN)
+export NBD_EXPORT_HOOKED := $(CURDIR)/$(HOOKED)
 # How long each fuzz test runs, and how long a soak goes on.
 FUZZTIME ?= 5s
 SOAK     ?= 5m
 
-.PHONY: all build demo test peers lint cross unit race fuzz integration soak bench bench-quick clean
+.PHONY: all build hooked demo test peers lint cross unit race fuzz integration soak bench bench-quick clean
 
 all: build
 
 # Go knows what has changed, make does not: build is always handed to it.
 build:
 	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) -o $(BIN) ./cmd/nbd-export
+
+hooked:
+	CGO_ENABLED=0 $(GO) build $(BUILDFLAGS) -tags testhooks -o $(HOOKED) ./cmd/nbd-export
 
 demo: build
 	$(BIN) demo
@@ -45,8 +51,10 @@ lint:
 	@files=$$(gofmt -l $$(find . -name '*.go' -not -path '*/.cache/*')); \
 	if [ -n "$$files" ]; then echo "gofmt would change:"; echo "$$files"; exit 1; fi
 	$(GO) vet ./...
+	$(GO) vet -tags testhooks ./backend ./cmd/nbd-export
 	cd integration && $(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
+	$(GO) run $(STATICCHECK) -tags testhooks ./backend ./cmd/nbd-export
 	cd integration && $(GO) run $(STATICCHECK) ./...
 
 # It compiles for the other architecture that we say we run on.
@@ -64,11 +72,11 @@ fuzz:
 	GO="$(GO)" integration/scripts/fuzz $(FUZZTIME)
 
 # One package at a time, for the same reason as above.
-integration: build
+integration: build hooked
 	cd integration && $(GO) test -count=1 -p 1 -timeout 20m ./...
 
 # The long versions of the tests that have one, and a long fuzz run.
-soak: peers build
+soak: peers build hooked
 	NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -timeout 3h ./...
 	cd integration && NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -p 1 -timeout 3h ./...
 	$(MAKE) fuzz FUZZTIME=$(SOAK)

@@ -130,12 +130,12 @@ func (d *daemon) add(opt imageOptions) error {
 		opt.ControlAddress = address
 	}
 	opt.Warn = func(text string) { log.Warn(text) }
-	img, err := backend.Open(opt.Options)
+	img, step, err := openImage(opt.Options)
 	if err != nil {
 		return err
 	}
 	index := len(d.registry.Targets())
-	observe := control.Observe(state.Options{ReadOnly: opt.ReadOnly}, d.log)
+	observe := control.Observe(state.Options{ReadOnly: opt.ReadOnly, Step: step}, d.log)
 	line := observe.Observe
 	observe.Observe = func(t state.Transition) {
 		// A start that fails is told by the process's last words alone.
