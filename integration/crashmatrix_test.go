@@ -1,19 +1,14 @@
 package integration
 
 import (
-	"encoding/json"
-	"errors"
+	"bytes"
 	"fmt"
 	"math/rand/v2"
-	"os"
 	"slices"
-	"strings"
 	"sync"
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/nbd-export/nbd-export/integration/guest"
 )
 
 // crashCell is one accident at one step.
@@ -114,419 +109,83 @@ func runCrashCells(t *testing.T, cells []crashCell, dir func(testing.TB) string,
 	return ends
 }
 
-// crashSide is an exporter of the run.
-type crashSide struct {
-	*daemon
-	name  string
-	hooks *hooks
-	ctl   *guest.QMP // for orders
-	watch *guest.QMP // for questions
-	load  *crashFront
-	end   string // "killed" or "exited", "" while it lives
-}
-
-// crashRun is one cell.
-type crashRun struct {
-	t     *testing.T
-	cell  crashCell
-	dir   string
-	flags []string // of all exporters
-	image string
-	sides []*crashSide // A, B, and C if there has to be one
-	load  *crashLoad
-	left  os.FileInfo // the image as A left it, if B activates
-}
-
-func (r *crashRun) stat() os.FileInfo {
-	r.t.Helper()
-	st, err := os.Stat(r.image)
-	if err != nil {
-		r.t.Fatal(err)
+// TestCrashCalls requires that the matrix has every system call that the steps
+// of a transition make.
+func TestCrashCalls(t *testing.T) {
+	image := sparseImage(t, tmpfsDir(t), mib)
+	h, prepare := newHooks(t)
+	a := servePrepared(t, image, prepare)
+	// last activates, and returns the calls made since it was last called: when
+	// the step lock is held, all before it have been heard of.
+	last := func() map[string][]string {
+		h.holdAt("lock")
+		var activated sync.WaitGroup
+		activated.Go(a.activate)
+		h.wait()
+		calls := h.seen()
+		h.goOn()
+		activated.Wait()
+		return calls
 	}
-	return st
-}
-
-func (r *crashRun) start(inactive bool) *crashSide {
-	r.t.Helper()
-	h, prepare := newHooks(r.t)
-	flags := slices.Clone(r.flags)
-	if inactive {
-		flags = append(flags, "--inactive")
-	}
-	s := &crashSide{name: sideName(len(r.sides)), hooks: h, daemon: newDaemon(r.t, r.image, prepare, flags...)}
-	r.sides = append(r.sides, s)
-	r.t.Cleanup(func() {
-		if r.t.Failed() && s.alive() {
-			s.kill() // it may be held at a step
+	a.inactivate()
+	last()
+	made := map[string][]string{}
+	for n := range 3 {
+		a.inactivate()
+		a.activate()
+		h.holdAt("settle")
+		q, failed := a.qmp(), make(chan error, 1)
+		go func() {
+			_, err := q.execute("blockdev-set-active", map[string]any{"active": false})
+			failed <- err
+		}()
+		h.wait()
+		h.fail("sync", syscall.EIO)
+		h.goOn()
+		if <-failed == nil {
+			t.Fatal("inactivated without a sync")
 		}
-	})
-	return s
-}
-
-// ready waits until s serves, and has clients use it.
-func (r *crashRun) ready(s *crashSide) {
-	r.t.Helper()
-	s.daemon.ready()
-	for _, q := range []**guest.QMP{&s.ctl, &s.watch} {
-		c, err := guest.DialQMP(s.control, startTimeout)
-		if err != nil {
-			r.t.Fatal(err)
-		}
-		r.t.Cleanup(func() { c.Close() })
-		*q = c
-	}
-	s.load = r.load.at(s.uri())
-}
-
-func (s *crashSide) order(active bool, more ...string) error {
-	args := map[string]any{"active": active}
-	for _, m := range more {
-		args[m] = true
-	}
-	_, err := s.ctl.Execute("blockdev-set-active", args)
-	return err
-}
-
-func (r *crashRun) must(s *crashSide, active bool, more ...string) {
-	r.t.Helper()
-	if err := s.order(active, more...); err != nil {
-		r.t.Fatalf("%s: active=%v %v: %v", s.name, active, more, err)
-	}
-}
-
-// refused gives an order that must fail for this reason.
-func (r *crashRun) refused(s *crashSide, active bool, why string, more ...string) {
-	r.t.Helper()
-	err := s.order(active, more...)
-	if err == nil || !strings.Contains(err.Error(), why) {
-		r.t.Fatalf("%s: active=%v %v: %v, want a refusal with %q", s.name, active, more, err, why)
-	}
-}
-
-// state is what an exporter says of the image, or how it ended.
-func (r *crashRun) state(s *crashSide) string {
-	r.t.Helper()
-	if s.end != "" {
-		return s.end
-	}
-	answer, err := s.watch.Execute("x-query-status", nil)
-	if err != nil {
-		r.t.Fatalf("%s: %v", s.name, err)
-	}
-	return decodeStatus(r.t, answer).State
-}
-
-// side returns A, B or C.
-func (r *crashRun) side(name string) *crashSide {
-	return r.sides[slices.IndexFunc(r.sides, func(s *crashSide) bool { return s.name == name })]
-}
-
-// owner is who says that the image is its own, of whom there may be one. Its
-// locks and descriptors must agree with that, and those of all others.
-func (r *crashRun) owner() (owner *crashSide) {
-	r.t.Helper()
-	want := []int(nil)
-	for _, s := range r.sides {
-		if s.end != "" {
-			continue
-		}
-		state := r.state(s)
-		locks, writable := processLocks(r.t, s.pid, r.image), writableHolds(r.t, s.pid, r.image)
-		switch state {
-		case "active", "inactivating", "failed(io)":
-			if owner != nil {
-				r.t.Errorf("%s and %s both say that they own the image", owner.name, s.name)
+		q.must("blockdev-set-active", map[string]any{"active": false, "x-abandon": true})
+		// What the owner checks once a second may fall into any step, but not
+		// into the same one of every round.
+		for step, calls := range last() {
+			if n == 0 {
+				made[step] = calls
 			}
-			owner, want = s, activeLocks
-			if !slices.Equal(locks, activeLocks) || len(writable) == 0 {
-				r.t.Errorf("%s is %s, has locked %v and can write by %v", s.name, state, locks, writable)
+			made[step] = slices.DeleteFunc(made[step], func(c string) bool { return !slices.Contains(calls, c) })
+		}
+	}
+	a.stop()
+	<-h.left
+	made["stop"] = h.seen()["stop"]
+	for _, s := range crashScenes {
+		for _, step := range s.steps {
+			var known []string
+			for _, c := range step.calls {
+				if c.alternatives == nil { // it is not a client's
+					known = append(known, c.name)
+				}
 			}
-		case "inactive":
-			if len(locks) > 0 || len(writable) > 0 {
-				r.t.Errorf("%s is %s, has locked %v and can write by %v", s.name, state, locks, writable)
+			slices.Sort(known)
+			if !slices.Equal(made[step.name], known) {
+				t.Errorf("step %s makes the calls %v, the matrix has %v", step.name, made[step.name], known)
 			}
-		case "activating":
-			if owner != nil && len(locks) > 0 {
-				r.t.Errorf("%s owns the image, and %s has locked %v", owner.name, s.name, locks)
-			}
-			want = locks
-		default:
-			r.t.Errorf("%s is %s", s.name, state)
+			delete(made, step.name)
 		}
 	}
-	// /proc/locks is read in pieces, between which other runs take locks.
-	got := fileLocks(r.t, r.image)
-	for try := 0; try < 50 && !slices.Equal(got, want); try++ {
-		time.Sleep(time.Millisecond)
-		got = fileLocks(r.t, r.image)
-	}
-	if !slices.Equal(got, want) {
-		r.t.Errorf("locked bytes of the image: %v, want %v", got, want)
-	}
-	return owner
-}
-
-// crashRecord is an owner record as everybody can read it.
-type crashRecord struct {
-	PID   int
-	Epoch uint64
-	Clean bool
-}
-
-func (r *crashRun) record() (rec crashRecord) {
-	r.t.Helper()
-	if err := json.Unmarshal(readFile(r.t, r.image+".owner"), &rec); err != nil {
-		r.t.Fatal(err)
-	}
-	return rec
-}
-
-// run has the accident happen and returns the cell of the table.
-func (r *crashRun) run() string {
-	t, c := r.t, r.cell
-	r.image = sparseImage(t, r.dir, crashStripes*crashBlocks*crashBlock)
-	r.load = newCrashLoad(t, r.image)
-	a := r.start(false)
-	// B may come only when A has the image: it is the first to own it.
-	a.daemon.ready()
-	b := r.start(true)
-	r.ready(a)
-	r.ready(b)
-	a.load.wait(10)
-
-	actor := r.sides[c.scene.actor]
-	switch c.scene.name {
-	case "activate":
-		r.must(a, false)
-		r.left = r.stat()
-	case "abandon":
-		a.hooks.holdAt("settle")
-		failed := make(chan error, 1)
-		go func() { failed <- a.order(false) }()
-		a.hooks.wait()
-		a.load.allow(syscall.EIO)
-		a.hooks.fail("sync", syscall.EIO)
-		a.hooks.goOn()
-		if err := <-failed; err == nil {
-			t.Fatal("A inactivated without a sync")
-		}
-	}
-	actor.hooks.holdAt(c.step)
-	done := make(chan error, 1)
-	go func() { done <- r.give(actor) }()
-	actor.hooks.wait()
-	r.owner()
-	if c.step == "retire" {
-		// What it writes is seen by who looks at the image's times.
-		waitFor(t, startTimeout, "B writes", func() bool { return !r.stat().ModTime().Equal(r.left.ModTime()) })
-		b.load.wait(1)
-	}
-	want := expect(c.scene, c.step, c.accident)
-	r.happen(actor, want, done)
-
-	got := r.judge(want)
-	r.goesOn(want)
-	return got
-}
-
-// give orders what the scene is about, and waits for it.
-func (r *crashRun) give(actor *crashSide) error {
-	switch r.cell.scene.name {
-	case "activate":
-		return actor.order(true)
-	case "abandon":
-		return actor.order(false, "x-abandon")
-	case "stop":
-		if err := actor.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-			return err
-		}
-		<-actor.exited
-		return nil
-	}
-	return actor.order(false)
-}
-
-// happen has the accident happen while actor is held at the step, and lets all
-// go on.
-func (r *crashRun) happen(actor *crashSide, want crashEnd, done chan error) {
-	t, c := r.t, r.cell
-	t.Helper()
-	victim := r.sides[c.who]
-	other := r.sides[1-c.scene.actor]
-	finish := func() {
-		actor.hooks.goOn()
-		err := <-done
-		switch {
-		case c.kind == ended && victim == actor: // nobody may be left to answer
-		case c.scene.name == "stop":
-		case want.refused && err == nil:
-			t.Errorf("%s: %s is done, and must fail", actor.name, c.scene.name)
-		case !want.refused && err != nil:
-			t.Errorf("%s: %s: %v", actor.name, c.scene.name, err)
-		}
-	}
-	switch c.kind {
-	case killed:
-		victim.kill()
-		victim.end = "killed"
-		if victim == actor {
-			<-done
-			break
-		}
-		finish()
-	case stopped:
-		victim.signal(syscall.SIGSTOP)
-		waitFor(t, startTimeout, "all threads stand still", victim.standsStill)
-		if victim == actor {
-			if c.scene.holdsLocks(c.step) {
-				r.refused(other, true, " lock")
-			} else {
-				r.must(other, true)
-				other.load.wait(3)
-			}
-		} else {
-			finish()
-		}
-		victim.signal(syscall.SIGCONT)
-		if victim == actor {
-			finish()
-		}
-	case ended:
-		victim.signal(syscall.SIGTERM)
-		if victim == actor {
-			victim.log.wait(t, 0, "stopping", func(line string) bool { return strings.Contains(line, "stopping") })
-		} else if code := victim.process.wait(startTimeout); code != 0 {
-			t.Errorf("%s: exit status %d", victim.name, code)
-		}
-		finish()
-		if code := victim.process.wait(startTimeout); code != 0 {
-			t.Errorf("%s: exit status %d", victim.name, code)
-		}
-		victim.end = "exited"
-	case fails:
-		calls := append([]string{c.call.name}, c.call.alternatives...)
-		effect := c.call.eio
-		if c.errno == syscall.ENOSPC {
-			effect = c.call.enospc
-		}
-		switch effect {
-		case told:
-			actor.load.allow(c.errno)
-		case poisons, blind:
-			actor.load.allow(syscall.EIO)
-		}
-		for _, call := range calls {
-			actor.hooks.fail(call, c.errno)
-		}
-		if effect == told {
-			actor.hooks.waitFailed(c.call.name)
-		}
-		finish()
-		if effect != told {
-			actor.hooks.waitFailed(calls...)
-		}
-	}
-	if c.scene.name == "stop" && actor.end == "" {
-		if code := actor.process.wait(startTimeout); code != want.status {
-			t.Errorf("%s: exit status %d, want %d\n%s", actor.name, code, want.status, actor.log)
-		}
-		actor.end = "exited"
+	if len(made) > 0 {
+		t.Errorf("steps that the matrix does not have: %v", made)
 	}
 }
 
-// standsStill reports whether a process is stopped.
-func (p *process) standsStill() bool {
-	tasks, err := os.ReadDir(fmt.Sprintf("/proc/%d/task", p.pid))
-	if err != nil {
-		return false
+// TestShippedWithoutHooks requires that only the program built for tests can
+// be made to fail.
+func TestShippedWithoutHooks(t *testing.T) {
+	const name = "NBD_EXPORT_HOOKS"
+	if !bytes.Contains(readFile(t, hookedProgram(t)), []byte(name)) {
+		t.Errorf("the hooked program does not know %s", name)
 	}
-	for _, task := range tasks {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%s/stat", p.pid, task.Name()))
-		if errors.Is(err, os.ErrNotExist) {
-			continue
-		}
-		_, stat, _ := strings.Cut(string(b), ") ")
-		if err != nil || !strings.HasPrefix(stat, "T") {
-			return false
-		}
+	if bytes.Contains(readFile(t, program(t)), []byte(name)) {
+		t.Errorf("the program that is shipped knows %s", name)
 	}
-	return true
-}
-
-// judge looks at what the accident has left.
-func (r *crashRun) judge(want crashEnd) string {
-	r.t.Helper()
-	owner := r.owner()
-	a, b := r.state(r.sides[0]), r.state(r.sides[1])
-	if [2]string{a, b} != want.state {
-		r.t.Fatalf("A is %s and B is %s, want %s and %s", a, b, want.state[0], want.state[1])
-	}
-	rec := r.record()
-	if rec.Epoch != want.epoch || rec.Clean != want.clean {
-		r.t.Errorf("owner record: epoch %d, clean %v; want %d, %v", rec.Epoch, rec.Clean, want.epoch, want.clean)
-	}
-	note := ""
-	switch {
-	case owner == nil && !rec.Clean:
-		note = " (not clean)"
-	case owner != nil && (rec.PID != owner.pid || rec.Clean):
-		note = " (no record)"
-	}
-	r.load.check("after the accident")
-	return fmt.Sprintf("%s, %s%s → %s", a, b, note, want.next)
-}
-
-// goesOn has the next owner take the image, and all come to an end.
-func (r *crashRun) goesOn(want crashEnd) {
-	t := r.t
-	t.Helper()
-	c := r.cell
-	if owner := r.owner(); owner != nil && r.state(owner) == "failed(io)" {
-		r.refused(r.side("B"), true, " lock")
-		r.refused(owner, false, "failed(io)")
-		r.must(owner, false, "x-abandon")
-	} else if owner != nil {
-		owner.load.wait(3)
-		r.must(owner, false)
-	}
-	if r.owner() != nil {
-		t.Fatal("the image is still owned")
-	}
-	r.load.check("after the first owner")
-
-	before := r.record()
-	if want.next == "C" {
-		r.ready(r.start(true))
-	}
-	next := r.side(want.next)
-	var more []string
-	if next.name == "A" && (c.scene.name == "inactivate" || c.scene.name == "activate") && want.state[1] != "active" {
-		// A has let go in order, and takes the image back if B has not written.
-		if more = []string{"x-if-unchanged"}; r.left != nil && !r.left.ModTime().Equal(r.stat().ModTime()) {
-			r.refused(next, true, "modified while inactive", more...)
-			more = nil
-		}
-	}
-	r.must(next, true, more...)
-	next.load.wait(3)
-	if owner := r.owner(); owner != next {
-		t.Fatalf("%s is not the owner", next.name)
-	}
-	if rec := r.record(); rec.PID != next.pid || rec.Epoch != before.Epoch+1 || rec.Clean {
-		t.Errorf("owner record of %s: %+v; the one before: %+v", next.name, rec, before)
-	}
-	r.load.check("while " + next.name + " is the next owner")
-	r.must(next, false)
-	if rec := r.record(); rec.PID != next.pid || rec.Epoch != before.Epoch+1 || !rec.Clean {
-		t.Errorf("owner record of %s, which has let go: %+v", next.name, rec)
-	}
-	for _, s := range r.sides {
-		if s.end == "" {
-			reads := s.load.reads.Load()
-			waitFor(t, startTimeout, s.name+" serves reads", func() bool { return s.load.reads.Load() > reads || want.unreadable })
-			s.stop()
-			s.end = "exited"
-		}
-	}
-	r.load.check("at the end")
 }

@@ -36,8 +36,9 @@ func hookedProgram(t testing.TB) string {
 type hooks struct {
 	t        testing.TB
 	listener net.Listener
-	held     chan string // the step that is held
-	failed   chan string // calls that have been made to fail
+	held     chan string   // the step that is held
+	failed   chan string   // calls that have been made to fail
+	left     chan struct{} // receives when an exporter is gone
 
 	mu    sync.Mutex
 	enc   *json.Encoder
@@ -54,7 +55,7 @@ func newHooks(t testing.TB) (*hooks, func(*exec.Cmd)) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	h := &hooks{t: t, listener: l, held: make(chan string, 1), failed: make(chan string, 64), calls: map[string][]string{}}
+	h := &hooks{t: t, listener: l, held: make(chan string, 1), failed: make(chan string, 64), left: make(chan struct{}, 16), calls: map[string][]string{}}
 	go h.serve()
 	program := hookedProgram(t)
 	return h, func(cmd *exec.Cmd) {
@@ -75,6 +76,7 @@ func (h *hooks) serve() {
 		h.mu.Unlock()
 		h.follow(json.NewDecoder(c))
 		c.Close()
+		h.left <- struct{}{}
 	}
 }
 
