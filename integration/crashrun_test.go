@@ -211,6 +211,10 @@ func (r *crashRun) run() string {
 			t.Fatal("A inactivated without a sync")
 		}
 	}
+	if c.step == "drain" {
+		// There is to be something to wait for.
+		a.hooks.stall("try-write", "write")
+	}
 	actor.hooks.holdAt(c.step)
 	done := make(chan error, 1)
 	go func() { done <- r.give(actor) }()
@@ -255,6 +259,12 @@ func (r *crashRun) happen(actor *crashSide, want crashEnd, done chan error) {
 	other := r.sides[1-c.scene.actor]
 	finish := func() {
 		actor.hooks.goOn()
+		if c.step == "drain" {
+			if state := r.state(actor); state != "inactivating" {
+				t.Errorf("%s is %s while a write is under way", actor.name, state)
+			}
+			actor.hooks.resume()
+		}
 		err := <-done
 		switch {
 		case c.kind == ended && victim == actor: // nobody may be left to answer

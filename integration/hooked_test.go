@@ -38,6 +38,7 @@ type hooks struct {
 	listener net.Listener
 	held     chan string   // the step that is held
 	failed   chan string   // calls that have been made to fail
+	stalled  chan string   // calls that wait
 	left     chan struct{} // receives when an exporter is gone
 
 	mu    sync.Mutex
@@ -55,7 +56,7 @@ func newHooks(t testing.TB) (*hooks, func(*exec.Cmd)) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	h := &hooks{t: t, listener: l, held: make(chan string, 1), failed: make(chan string, 64), left: make(chan struct{}, 16), calls: map[string][]string{}}
+	h := &hooks{t: t, listener: l, held: make(chan string, 1), failed: make(chan string, 64), stalled: make(chan string, 64), left: make(chan struct{}, 16), calls: map[string][]string{}}
 	go h.serve()
 	program := hookedProgram(t)
 	return h, func(cmd *exec.Cmd) {
@@ -84,8 +85,8 @@ func (h *hooks) follow(d *json.Decoder) {
 	step := ""
 	for {
 		var m struct {
-			Step, Call string
-			Failed     bool
+			Step, Call      string
+			Failed, Stalled bool
 		}
 		if d.Decode(&m) != nil {
 			return
@@ -112,6 +113,9 @@ func (h *hooks) follow(d *json.Decoder) {
 		h.mu.Unlock()
 		if m.Failed {
 			h.failed <- m.Call
+		}
+		if m.Stalled {
+			h.stalled <- m.Call
 		}
 	}
 }
@@ -156,6 +160,22 @@ func (h *hooks) waitFailed(calls ...string) {
 		}
 	}
 }
+
+// stall has calls of these kinds wait, and returns when one does.
+func (h *hooks) stall(calls ...string) {
+	h.t.Helper()
+	for _, call := range calls {
+		h.send(map[string]any{"stall": call})
+	}
+	select {
+	case <-h.stalled:
+	case <-time.After(startTimeout):
+		h.t.Fatalf("none of %v has been called", calls)
+	}
+}
+
+// resume lets calls go on that wait.
+func (h *hooks) resume() { h.send(map[string]any{"resume": true}) }
 
 func (h *hooks) send(m any) {
 	h.mu.Lock()

@@ -22,31 +22,38 @@ import (
 //	{"image":"/disk.img","step":"settle"}   we are at this step, and wait
 //	{"call":"sync"}                         the first such call of the step
 //	{"call":"sync","failed":true}           and the first that was made to fail
+//	{"call":"write","stalled":true}         one that waits
 //
 //	{"fail":"sync","errno":5}               such calls fail until the next step
+//	{"stall":"write"}                       such calls wait
+//	{"resume":true}                         until then
 //	{"go":true}                             go on with the step
 //
 // When the test has gone everything goes on and nothing fails.
 type hook struct {
-	image  string
-	conn   net.Conn
-	resume chan struct{}
-	gone   chan struct{} // closed when the test is
+	image string
+	conn  net.Conn
+	next  chan struct{} // receives when the step may go on
+	gone  chan struct{} // closed when the test is
 
 	mu           sync.Mutex // a leaf; also keeps what is sent in its order
 	armed        map[string]syscall.Errno
 	seen, failed map[string]bool
+	stalled      map[string]chan struct{} // closed when the calls may go on
 }
 
 // hookMessage is what is sent in either direction.
 type hookMessage struct {
-	Image  string        `json:"image,omitempty"`
-	Step   state.Step    `json:"step,omitempty"`
-	Call   string        `json:"call,omitempty"`
-	Failed bool          `json:"failed,omitempty"`
-	Fail   string        `json:"fail,omitempty"`
-	Errno  syscall.Errno `json:"errno,omitempty"`
-	Go     bool          `json:"go,omitempty"`
+	Image   string        `json:"image,omitempty"`
+	Step    state.Step    `json:"step,omitempty"`
+	Call    string        `json:"call,omitempty"`
+	Failed  bool          `json:"failed,omitempty"`
+	Stalled bool          `json:"stalled,omitempty"`
+	Fail    string        `json:"fail,omitempty"`
+	Errno   syscall.Errno `json:"errno,omitempty"`
+	Stall   string        `json:"stall,omitempty"`
+	Resume  bool          `json:"resume,omitempty"`
+	Go      bool          `json:"go,omitempty"`
 }
 
 // openImage opens an image with the hooks of the test that asks for them.
@@ -60,7 +67,7 @@ func openImage(o backend.Options) (*backend.Raw, func(image string, step state.S
 	if err != nil {
 		return nil, nil, fmt.Errorf("NBD_EXPORT_HOOKS: %w", err)
 	}
-	h := &hook{image: o.Path, conn: conn, resume: make(chan struct{}), gone: make(chan struct{})}
+	h := &hook{image: o.Path, conn: conn, next: make(chan struct{}), gone: make(chan struct{}), stalled: map[string]chan struct{}{}}
 	h.reset()
 	go h.obey()
 	img, err := backend.OpenHooked(o, h.fault)
@@ -81,7 +88,7 @@ func (h *hook) step(image string, s state.Step) {
 	h.send(hookMessage{Image: image, Step: s})
 	h.mu.Unlock()
 	select {
-	case <-h.resume:
+	case <-h.next:
 	case <-h.gone:
 	}
 }
@@ -93,28 +100,46 @@ func (h *hook) obey() {
 		if d.Decode(&m) != nil {
 			break
 		}
+		h.mu.Lock()
 		if m.Fail != "" {
-			h.mu.Lock()
 			h.armed[m.Fail] = m.Errno
-			h.mu.Unlock()
 		}
+		if m.Stall != "" {
+			h.stalled[m.Stall] = make(chan struct{})
+		}
+		if m.Resume {
+			h.resume()
+		}
+		h.mu.Unlock()
 		if m.Go {
-			h.resume <- struct{}{}
+			h.next <- struct{}{}
 		}
 	}
 	h.mu.Lock()
 	h.reset()
+	h.resume()
 	h.mu.Unlock()
 	close(h.gone)
 }
 
+func (h *hook) resume() {
+	for _, c := range h.stalled {
+		close(c)
+	}
+	clear(h.stalled)
+}
+
 func (h *hook) fault(call string, _ int64, n int) (int, error) {
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	errno, fails := h.armed[call]
-	if !h.seen[call] || fails && !h.failed[call] {
+	stalled := h.stalled[call]
+	if !h.seen[call] || fails && !h.failed[call] || stalled != nil {
 		h.seen[call], h.failed[call] = true, fails
-		h.send(hookMessage{Image: h.image, Call: call, Failed: fails})
+		h.send(hookMessage{Image: h.image, Call: call, Failed: fails, Stalled: stalled != nil})
+	}
+	h.mu.Unlock()
+	if stalled != nil {
+		<-stalled
 	}
 	if fails {
 		return 0, errno
