@@ -18,7 +18,6 @@ import (
 type crashSide struct {
 	*daemon
 	name  string
-	hooks *hooks
 	ctl   *guest.QMP // for orders
 	watch *guest.QMP // for questions
 	load  *crashFront
@@ -53,7 +52,8 @@ func (r *crashRun) start(inactive bool) *crashSide {
 	if inactive {
 		flags = append(flags, "--inactive")
 	}
-	s := &crashSide{name: sideName(len(r.sides)), hooks: h, daemon: newDaemon(r.t, r.image, prepare, flags...)}
+	s := &crashSide{name: sideName(len(r.sides)), daemon: newDaemon(r.t, r.image, prepare, flags...)}
+	s.hooks = h
 	r.sides = append(r.sides, s)
 	r.t.Cleanup(func() {
 		if r.t.Failed() && s.alive() {

@@ -612,6 +612,7 @@ type daemon struct {
 	control string
 	pidFile string
 	name    string // of the export
+	hooks   *hooks // of the program that has them, otherwise nil
 }
 
 // serve starts an exporter of a raw image on Unix sockets and returns once it

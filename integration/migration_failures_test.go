@@ -3,14 +3,12 @@ package integration
 import (
 	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"math/rand/v2"
 	"testing"
 	"time"
 
 	"github.com/nbd-export/nbd-export/client"
-	"github.com/nbd-export/nbd-export/integration/guest"
 )
 
 // accidents befall one guest, one after the other. It runs on either side
@@ -113,6 +111,15 @@ var accidents = []struct {
 		l.runsHereOnly()
 		l.restart(l.other(), true)
 	}},
+	{"the destination's exporter is killed when it has claimed the image", func(l *life) {
+		m := l.begin()
+		l.order(m.from, false)
+		m.killAt(m.to, true, "publish")
+		m.takeBack()
+		m.cancel()
+		l.runsHereOnly()
+		l.restart(l.other(), true)
+	}},
 	{"the destination's exporter is killed as the owner", func(l *life) {
 		m := l.begin()
 		m.handOver()
@@ -152,7 +159,10 @@ var accidents = []struct {
 		m.goOnWithout()
 	}},
 	{"the source's exporter is killed while it syncs ahead", killedAt("sync-ahead")},
-	{"the source's exporter is killed when it has nearly inactivated", killedAt("settle")},
+	{"the source's exporter is killed when it has closed its gate", killedAt("close-gate")},
+	{"the source's exporter is killed while it waits for requests", killedAt("drain")},
+	{"the source's exporter is killed before it settles", killedAt("settle")},
+	{"the source's exporter is killed before it lets its locks go", killedAt("release")},
 	{"the source's exporter is killed after it has inactivated", func(l *life) {
 		m := l.begin()
 		l.order(m.from, false)
@@ -203,7 +213,7 @@ func TestMigrateAccidents(t *testing.T) {
 						s.TB = t
 						defer func() { s.TB = s.owner }()
 						if l == nil {
-							l = newLife(s, f, s.TempDir(), [2]exporterKind{nbdExport, nbdExport})
+							l = newLife(s, f, s.TempDir(), [2]exporterKind{hookedExport, hookedExport})
 						}
 						done := false
 						defer func() {
@@ -284,46 +294,34 @@ func (l *life) restartedAt(s *side) {
 	l.finish()
 }
 
-// killedAt has the exporter killed at a step of its inactivation, or right
-// after it: no step can be held. A second client that writes all the while
-// makes them longer.
+// killedAt has the source's exporter killed at a step of its inactivation,
+// while a second client writes too.
 func killedAt(step string) func(l *life) {
 	return func(l *life) {
 		m := l.begin()
 		l.step("side %s: a client fills the page cache", m.from.name)
 		w := startFilling(l, m.from.exp.uri())
-		l.step("side %s: exporter: active=false, and kill it at %s", m.from.name, step)
-		watch, err := guest.DialQMP(m.from.exp.control, migrateTimeout)
-		if err != nil {
-			l.Fatal(err)
-		}
-		defer watch.Close()
-		obeyed := make(chan error, 1)
-		go func() {
-			_, err := m.from.ctl.Execute("blockdev-set-active", map[string]any{"active": false})
-			obeyed <- err
-		}()
-		caught := ""
-		for caught == "" {
-			answer, err := watch.Execute("x-query-status", nil)
-			var st struct {
-				Images []struct{ State, Step string }
-			}
-			if err == nil {
-				err = json.Unmarshal(answer, &st)
-			}
-			if err != nil {
-				l.Fatal(err)
-			}
-			if st.Images[0].Step == step || st.Images[0].State == "inactive" {
-				caught = st.Images[0].State + " " + st.Images[0].Step
-			}
-		}
-		m.killExporter(m.from)
-		<-obeyed
-		l.Logf("killed when it was last seen as %s", caught)
+		m.killAt(m.from, false, step)
 		w.nothingLost(l)
 		m.goOnWithout()
+	}
+}
+
+// killAt gives an order to a side's exporter and kills it at a step.
+func (m *move) killAt(s *side, active bool, step string) {
+	l := m.l
+	l.Helper()
+	l.step("side %s: exporter: active=%v, up to the step %s", s.name, active, step)
+	s.exp.hooks.holdAt(step)
+	obeyed := make(chan error, 1)
+	go func() {
+		_, err := s.ctl.Execute("blockdev-set-active", map[string]any{"active": active})
+		obeyed <- err
+	}()
+	s.exp.hooks.wait()
+	m.killExporter(s)
+	if err := <-obeyed; err == nil {
+		l.Fatal("an exporter obeyed that was killed before")
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -31,13 +32,21 @@ var (
 		name: "nbd-export",
 		start: func(t testing.TB, f imageFormat, image string, inactive bool) *daemon {
 			t.Helper()
-			flags := []string{"-f", f.name}
-			if inactive {
-				flags = append(flags, "--inactive")
-			}
-			return serve(t, image, flags...)
+			return serve(t, image, exportFlags(f, inactive)...)
 		},
 		locks: func(imageFormat) []int { return activeLocks },
+	}
+	// hookedExport is the same, and can be stopped at its steps.
+	hookedExport = exporterKind{
+		name: nbdExport.name,
+		start: func(t testing.TB, f imageFormat, image string, inactive bool) *daemon {
+			t.Helper()
+			h, prepare := newHooks(t)
+			e := servePrepared(t, image, prepare, exportFlags(f, inactive)...)
+			e.hooks = h
+			return e
+		},
+		locks: nbdExport.locks,
 	}
 	// qemuDaemon serves raw only, as serveQSD does.
 	qemuDaemon = exporterKind{
@@ -49,6 +58,14 @@ var (
 		locks: func(imageFormat) []int { return []int{100, 101, 203} },
 	}
 )
+
+func exportFlags(f imageFormat, inactive bool) []string {
+	flags := []string{"-f", f.name}
+	if inactive {
+		flags = append(flags, "--inactive")
+	}
+	return flags
+}
 
 // side is one host of the migrations: its exporter, and the QEMU that is
 // connected to it, if there is one.
@@ -122,8 +139,8 @@ func (l *life) restart(s *side, inactive bool) {
 	if inactive {
 		argv = slices.Insert(argv, len(argv)-1, "--inactive")
 	}
-	e := &daemon{image: old.image, socket: old.socket, control: old.control, pidFile: old.pidFile, name: old.name}
-	e.process = spawn(l, s.kind.name, nil, argv...)
+	e := &daemon{image: old.image, socket: old.socket, control: old.control, pidFile: old.pidFile, name: old.name, hooks: old.hooks}
+	e.process = spawn(l, s.kind.name, func(cmd *exec.Cmd) { cmd.Env = old.cmd.Env }, argv...)
 	l.Cleanup(func() {
 		switch {
 		case e.ended:
