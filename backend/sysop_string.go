@@ -16,7 +16,7 @@ var sysopNames = [...]string{
 
 // String names the call, for tests.
 func (op sysop) String() string {
-	if int(op) < len(sysopNames) {
+	if int(op) < len(sysopNames) && sysopNames[op] != "" {
 		return sysopNames[op]
 	}
 	return fmt.Sprintf("sysop(%d)", uint8(op))

@@ -38,6 +38,7 @@ In every cell the test also requires that
   torn that no write overlapped;
 - an exporter that stands still at a step keeps the image from the other if it
   has the locks, and finds out that it came too late if it had not;
+- a write that fails meanwhile is its client's misfortune and stops no handover;
 - after a failed sync writes and flushes fail, the other exporter is refused,
   and only an abandon lets the image go;
 - the next owner gets the image, with a higher epoch, and clients write there.

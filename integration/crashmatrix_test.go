@@ -158,6 +158,13 @@ func TestCrashCalls(t *testing.T) {
 	a.stop()
 	<-h.left
 	made["stop"] = h.seen()["stop"]
+	for step := range made {
+		if !slices.ContainsFunc(crashScenes, func(s crashScene) bool {
+			return slices.ContainsFunc(s.steps, func(of crashStep) bool { return of.name == step })
+		}) {
+			t.Errorf("the matrix does not have the step %s", step)
+		}
+	}
 	for _, s := range crashScenes {
 		for _, step := range s.steps {
 			var known []string
@@ -170,11 +177,7 @@ func TestCrashCalls(t *testing.T) {
 			if !slices.Equal(made[step.name], known) {
 				t.Errorf("step %s makes the calls %v, the matrix has %v", step.name, made[step.name], known)
 			}
-			delete(made, step.name)
 		}
-	}
-	if len(made) > 0 {
-		t.Errorf("steps that the matrix does not have: %v", made)
 	}
 }
 

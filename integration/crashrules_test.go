@@ -14,7 +14,6 @@ type crashScene struct {
 	name  string
 	title string
 	actor int // who carries it out: 0 is A, 1 is B
-	setup string
 	steps []crashStep
 	// end is what becomes of it without an accident.
 	end crashEnd
@@ -76,6 +75,18 @@ func recordWrite(eio, enospc effect) []crashCall {
 // openView opens the image for reading.
 func openView(e effect) []crashCall { return []crashCall{call("reopen", e), call("stat", e)} }
 
+// activation is how an image is taken.
+var activation = []crashStep{
+	{"lock", []crashCall{
+		call("open", refuses), call("stat", refuses), call("lock", refuses), call("test-lock", refuses),
+		call("reopen", refuses), call("list-locks", harmless),
+	}},
+	{"load", []crashCall{call("stat", refuses)}},
+	{"claim", slices.Concat([]crashCall{call("stat", refuses)}, recordRead(refuses), recordWrite(refuses, alone))},
+	{"publish", nil},
+	{"retire", []crashCall{call("close", harmless)}},
+}
+
 // crashScenes are all steps there are.
 var crashScenes = []crashScene{
 	{
@@ -90,18 +101,12 @@ var crashScenes = []crashScene{
 		end: crashEnd{state: [2]string{"inactive", "inactive"}, epoch: 1, clean: true, next: "B"},
 	},
 	{
-		name: "activate", title: "B activates, after A has inactivated", actor: 1,
-		steps: []crashStep{
-			{"lock", []crashCall{
-				call("open", refuses), call("stat", refuses), call("lock", refuses), call("test-lock", refuses),
-				call("reopen", refuses), call("list-locks", harmless),
-			}},
-			{"load", []crashCall{call("stat", refuses)}},
-			{"claim", slices.Concat([]crashCall{call("stat", refuses)}, recordRead(refuses), recordWrite(refuses, alone))},
-			{"publish", nil},
-			{"retire", []crashCall{call("close", harmless)}},
-		},
+		name: "activate", title: "B activates, after A has inactivated", actor: 1, steps: activation,
 		end: crashEnd{state: [2]string{"inactive", "active"}, epoch: 2, next: "A"},
+	},
+	{
+		name: "take-back", title: "A takes the image back with --if-unchanged", actor: 0, steps: activation,
+		end: crashEnd{state: [2]string{"active", "inactive"}, epoch: 2, next: "B"},
 	},
 	{
 		name: "stop", title: "A stops (SIGTERM)", actor: 0,
@@ -118,6 +123,9 @@ var crashScenes = []crashScene{
 		end: crashEnd{state: [2]string{"inactive", "inactive"}, epoch: 1, next: "B"},
 	},
 }
+
+// takes reports whether the actor becomes the owner.
+func (s *crashScene) takes() bool { return s.end.state[s.actor] == "active" }
 
 // holdsLocks reports whether the actor has the locks when a step begins.
 func (s *crashScene) holdsLocks(step string) bool { return step != "lock" }
@@ -183,7 +191,7 @@ func expect(s *crashScene, step string, a accident) crashEnd {
 		if a.who == actor {
 			// The kernel lets its locks go, and the record stays as it stands.
 			end.next = sideName(other)
-			if s.name == "activate" && !s.claimed(step) {
+			if s.takes() && !s.claimed(step) {
 				end.epoch, end.clean = 1, true
 			} else {
 				end.clean = false
@@ -237,8 +245,8 @@ func (end *crashEnd) fail(s *crashScene, e effect) {
 	case harmless, told:
 	case refuses:
 		end.refused = true
-		if s.name == "activate" {
-			end.state[1], end.epoch, end.clean, end.next = "inactive", 1, true, "B"
+		if s.takes() {
+			end.state[s.actor], end.epoch, end.clean, end.next = "inactive", 1, true, sideName(s.actor)
 		} else {
 			end.state[0], end.clean = "active", false
 		}

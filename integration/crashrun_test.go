@@ -196,7 +196,7 @@ func (r *crashRun) run() string {
 
 	actor := r.sides[c.scene.actor]
 	switch c.scene.name {
-	case "activate":
+	case "activate", "take-back":
 		r.must(a, false)
 		r.left = r.stat()
 	case "abandon":
@@ -222,8 +222,8 @@ func (r *crashRun) run() string {
 	r.owner()
 	if c.step == "retire" {
 		// What it writes is seen by who looks at the image's times.
-		waitFor(t, startTimeout, "B writes", func() bool { return !r.stat().ModTime().Equal(r.left.ModTime()) })
-		b.load.wait(1)
+		waitFor(t, startTimeout, "the new owner writes", func() bool { return !r.stat().ModTime().Equal(r.left.ModTime()) })
+		actor.load.wait(1)
 	}
 	want := expect(c.scene, c.step, c.accident)
 	r.happen(actor, want, done)
@@ -238,6 +238,8 @@ func (r *crashRun) give(actor *crashSide) error {
 	switch r.cell.scene.name {
 	case "activate":
 		return actor.order(true)
+	case "take-back":
+		return actor.order(true, "x-if-unchanged")
 	case "abandon":
 		return actor.order(false, "x-abandon")
 	case "stop":
@@ -421,7 +423,7 @@ func (r *crashRun) goesOn(want crashEnd) {
 	}
 	next := r.side(want.next)
 	var more []string
-	if next.name == "A" && (c.scene.name == "inactivate" || c.scene.name == "activate") && want.state[1] != "active" {
+	if next.name == "A" && (c.scene.name == "inactivate" || c.scene.takes()) && want.state[1] != "active" {
 		// A has let go in order, and takes the image back if B has not written.
 		if more = []string{"x-if-unchanged"}; r.left != nil && !r.left.ModTime().Equal(r.stat().ModTime()) {
 			r.refused(next, true, "modified while inactive", more...)
