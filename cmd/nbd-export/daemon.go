@@ -130,12 +130,12 @@ func (d *daemon) add(opt imageOptions) error {
 		opt.ControlAddress = address
 	}
 	opt.Warn = func(text string) { log.Warn(text) }
-	img, step, err := openImage(opt.Options)
+	img, hooks, err := openImage(opt.Options)
 	if err != nil {
 		return err
 	}
 	index := len(d.registry.Targets())
-	observe := control.Observe(state.Options{ReadOnly: opt.ReadOnly, Step: step}, d.log)
+	observe := control.Observe(state.Options{ReadOnly: opt.ReadOnly}, d.log)
 	line := observe.Observe
 	observe.Observe = func(t state.Transition) {
 		// A start that fails is told by the process's last words alone.
@@ -143,7 +143,7 @@ func (d *daemon) add(opt imageOptions) error {
 			line(t)
 		}
 	}
-	m := state.NewMachine(img, observe)
+	m := state.NewMachine(img, hooks(observe))
 	disk := ioloop.NewDisk(img, m)
 	target := &control.Target{
 		Node: fmt.Sprintf("image%d", index), Machine: m, Image: img, Direct: opt.Cache == backend.CacheNone,

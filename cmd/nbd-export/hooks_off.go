@@ -7,9 +7,11 @@ import (
 	"github.com/nbd-export/nbd-export/state"
 )
 
-// openImage opens an image. The second result is for state.Options.Step; see
-// hooks_on.go.
-func openImage(o backend.Options) (*backend.Raw, func(image string, step state.Step), error) {
+// openImage opens an image. The second result adds the hooks of tests to a
+// machine's options; here there are none, see hooks_on.go.
+func openImage(o backend.Options) (*backend.Raw, func(state.Options) state.Options, error) {
 	img, err := backend.Open(o)
-	return img, nil, err
+	return img, noHooks, err
 }
+
+func noHooks(o state.Options) state.Options { return o }

@@ -56,12 +56,13 @@ type hookMessage struct {
 	Go      bool          `json:"go,omitempty"`
 }
 
-// openImage opens an image with the hooks of the test that asks for them.
-func openImage(o backend.Options) (*backend.Raw, func(image string, step state.Step), error) {
+// openImage opens an image; the second result adds the hooks of the test that
+// asks for them to a machine's options.
+func openImage(o backend.Options) (*backend.Raw, func(state.Options) state.Options, error) {
 	path := os.Getenv("NBD_EXPORT_HOOKS")
 	if path == "" {
 		img, err := backend.Open(o)
-		return img, nil, err
+		return img, func(o state.Options) state.Options { return o }, err
 	}
 	conn, err := net.Dial("unix", path)
 	if err != nil {
@@ -71,7 +72,10 @@ func openImage(o backend.Options) (*backend.Raw, func(image string, step state.S
 	h.reset()
 	go h.obey()
 	img, err := backend.OpenHooked(o, h.fault)
-	return img, h.step, err
+	return img, func(o state.Options) state.Options {
+		o.Step = h.step
+		return o
+	}, err
 }
 
 // reset forgets what the last step did and what was to fail.
