@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -163,7 +164,7 @@ func (f *crashFront) lost(what string, err error) error {
 	}
 	may := *f.allowed.Load()
 	if answer.Errno != syscall.ESHUTDOWN && !slices.Contains(may, answer.Errno) &&
-		!(answer.Errno == syscall.EPERM && answer.Text == inactiveText) {
+		!(answer.Errno == syscall.EPERM && strings.HasPrefix(answer.Text, inactiveText)) {
 		f.l.mu.Lock()
 		f.l.odd[fmt.Sprintf("%s: %v", what, err)] = true
 		f.l.mu.Unlock()

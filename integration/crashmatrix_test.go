@@ -131,6 +131,8 @@ func TestCrashCalls(t *testing.T) {
 	last()
 	made := map[string][]string{}
 	for n := range 3 {
+		// There is to be something to sync.
+		dialRaw(t, a.socket, "").want(0, cmdWrite, 0, 0, mib, randomBytes(int64(n), mib))
 		a.inactivate()
 		a.activate()
 		h.holdAt("settle")
@@ -158,7 +160,8 @@ func TestCrashCalls(t *testing.T) {
 	a.stop()
 	<-h.left
 	made["stop"] = h.seen()["stop"]
-	for step := range made {
+	for step, calls := range made {
+		made[step] = slices.DeleteFunc(calls, func(c string) bool { return c == "write" || c == "try-write" })
 		if !slices.ContainsFunc(crashScenes, func(s crashScene) bool {
 			return slices.ContainsFunc(s.steps, func(of crashStep) bool { return of.name == step })
 		}) {
