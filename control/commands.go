@@ -50,6 +50,7 @@ func init() {
 		},
 		{name: "quit", run: (*session).quit, last: true},
 		{name: "x-query-status", run: (*session).queryStatus},
+		{name: "x-identify", params: []param{nodes, {name: "nonce", kind: text}}, run: (*session).identify},
 		{name: "x-cancel", params: []param{node, nodes}, run: (*session).cancel},
 	}
 }

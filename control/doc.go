@@ -28,6 +28,10 @@
 //     (with active false: give up failed images too, although writes may be
 //     lost) and x-node-names (several images as one group, all or none).
 //   - x-query-status returns all that "nbd-export status" shows.
+//   - x-identify says of each image, or of those in x-node-names, what tells
+//     it from others, and whether this process could open it for writing. With
+//     nonce, that is written into the owner records of those it owns, for
+//     another exporter to find beside its own image.
 //   - x-cancel stops an inactivation, of one image or of all, as long as
 //     writes are still served; the image stays active.
 package control

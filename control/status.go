@@ -62,6 +62,11 @@ type Record struct {
 // State is the name of a state.State; the names are those of its String.
 type State string
 
+const (
+	stateActive   State = "active"
+	stateInactive State = "inactive"
+)
+
 // Active reports whether the server owns the image and serves writes, now or
 // until it has handed over.
 func (s State) Active() bool {
