@@ -33,9 +33,18 @@ type Client struct {
 	broken error // the stream is out of step
 }
 
-// Dial connects to the control socket at path, which may begin with "unix:".
-func Dial(ctx context.Context, path string) (*Client, error) {
-	path = strings.TrimPrefix(path, "unix:")
+// Dial connects to a control socket: ctl is its path, which may begin with
+// "unix:", or "exec:" and a command whose standard input and output are the
+// control stream; that is run by /bin/sh and ends with the Client.
+func Dial(ctx context.Context, ctl string) (*Client, error) {
+	if command, ok := strings.CutPrefix(ctl, execPrefix); ok {
+		nc, err := startExec(command)
+		if err != nil {
+			return nil, fmt.Errorf("cannot run %s: %w", ctl, err)
+		}
+		return NewClient(ctx, nc, ctl)
+	}
+	path := strings.TrimPrefix(ctl, "unix:")
 	nc, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
 	if err != nil {
 		reason, advice := err, fmt.Sprintf(`is "nbd-export serve --control %s" running?`, path)
@@ -60,7 +69,11 @@ func Dial(ctx context.Context, path string) (*Client, error) {
 // peer is what messages call the other side.
 func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	c := &Client{peer: peer, nc: nc, in: json.NewDecoder(nc)}
-	ctx, cancel := context.WithTimeout(ctx, greetingTimeout)
+	limit := greetingTimeout
+	if _, ok := nc.(*execConn); ok {
+		limit = execTimeout
+	}
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var hello struct{ QMP *json.RawMessage }
 	err := c.during(ctx, func() error { return c.in.Decode(&hello) })
@@ -70,7 +83,7 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	case err == nil && hello.QMP == nil:
 		err = fmt.Errorf("%s is no control socket: it does not speak QMP", peer)
 	case err != nil && ctx.Err() == nil:
-		err = fmt.Errorf("%s is no control socket: no QMP greeting: %w", peer, err)
+		err = fmt.Errorf("%s is no control socket: no QMP greeting: %w", peer, c.explain(err))
 	}
 	if err == nil {
 		err = c.Execute(ctx, negotiate, nil, nil)
@@ -131,10 +144,7 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 		}
 	})
 	if err != nil {
-		if errors.Is(err, io.EOF) {
-			err = errors.New("it closed the connection before it answered")
-		}
-		c.broken = fmt.Errorf("%s: command %s: %w", c.peer, command, err)
+		c.broken = fmt.Errorf("%s: command %s: %w", c.peer, command, c.explain(err))
 		return c.broken
 	}
 	if reply.Error != nil {
@@ -147,6 +157,17 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 		return fmt.Errorf("%s: answer to %s: %w", c.peer, command, err)
 	}
 	return nil
+}
+
+// explain makes a sentence of what ended the stream.
+func (c *Client) explain(err error) error {
+	if x, ok := c.nc.(*execConn); ok {
+		return x.explain(err)
+	}
+	if errors.Is(err, io.EOF) {
+		return errors.New("it closed the connection before it answered")
+	}
+	return err
 }
 
 // during runs f, whose I/O fails when ctx ends.
@@ -169,6 +190,7 @@ type setActive struct {
 	Active      bool     `json:"active"`
 	IfUnchanged bool     `json:"x-if-unchanged,omitempty"`
 	Abandon     bool     `json:"x-abandon,omitempty"`
+	Order       string   `json:"x-order,omitempty"`
 }
 
 func (c *Client) setActive(ctx context.Context, a setActive, nodes []string) error {
@@ -200,12 +222,23 @@ func (c *Client) Inactivate(ctx context.Context, opt InactivateOptions, nodes ..
 // Cancel stops an inactivation that has not closed the gate yet, on another
 // connection than the one that ordered it. It returns the nodes concerned.
 func (c *Client) Cancel(ctx context.Context, nodes ...string) ([]string, error) {
+	cancelled, _, err := c.takeBack(ctx, "", nodes)
+	return cancelled, err
+}
+
+// takeBack is Cancel that also takes back the order with this name: unless it
+// is running it will never begin.
+func (c *Client) takeBack(ctx context.Context, order string, nodes []string) (cancelled []string, running bool, err error) {
 	a := struct {
 		Nodes []string `json:"x-node-names,omitempty"`
-	}{nodes}
-	var r struct{ Cancelled []string }
-	err := c.Execute(ctx, "x-cancel", a, &r)
-	return r.Cancelled, err
+		Order string   `json:"order,omitempty"`
+	}{nodes, order}
+	var r struct {
+		Cancelled []string
+		Running   bool
+	}
+	err = c.Execute(ctx, "x-cancel", a, &r)
+	return r.Cancelled, r.Running, err
 }
 
 // Status asks for the state of everything the server serves.

@@ -45,13 +45,14 @@ func init() {
 				{name: "x-if-unchanged", kind: boolean},
 				{name: "x-abandon", kind: boolean},
 				nodes,
+				{name: "x-order", kind: text},
 			},
 			run: (*session).setActive,
 		},
 		{name: "quit", run: (*session).quit, last: true},
 		{name: "x-query-status", run: (*session).queryStatus},
 		{name: "x-identify", params: []param{nodes, {name: "nonce", kind: text}}, run: (*session).identify},
-		{name: "x-cancel", params: []param{node, nodes}, run: (*session).cancel},
+		{name: "x-cancel", params: []param{node, nodes, {name: "order", kind: text}}, run: (*session).cancel},
 	}
 }
 
@@ -197,6 +198,11 @@ func (s *session) setActive(a args) (any, error) {
 	}
 	s.server.cfg.Log.Debug("a control client orders ownership",
 		zap.Bool("active", active), zap.Strings("nodes", list), zap.Bool("abandon", abandon))
+	name := arg[string](a, "x-order")
+	if err := s.server.orders.begin(name); err != nil {
+		return nil, err
+	}
+	defer s.server.orders.end(name)
 	// An order is carried out to its end even if the client leaves: an end in
 	// the middle would be a surprise to whoever asks next.
 	ctx, r := context.Background(), s.server.cfg.Registry
@@ -221,11 +227,15 @@ func (s *session) quit(args) (any, error) { return nil, nil }
 func (s *session) queryStatus(args) (any, error) { return s.server.status(), nil }
 
 func (s *session) cancel(a args) (any, error) {
-	cancelled, err := s.server.cfg.Registry.Cancel(nodes(a)...)
-	if err != nil {
-		return nil, err
-	}
-	return struct {
+	var r struct {
 		Cancelled []string `json:"cancelled"`
-	}{cancelled}, nil
+		Running   bool     `json:"running,omitempty"` // the order named
+	}
+	// First, so that it does not begin when there is nothing to cancel yet.
+	if name := arg[string](a, "order"); name != "" {
+		r.Running = s.server.orders.takeBack(name)
+	}
+	var err error
+	r.Cancelled, err = s.server.cfg.Registry.Cancel(nodes(a)...)
+	return r, err
 }

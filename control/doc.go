@@ -26,12 +26,16 @@
 //   - blockdev-set-active takes x-if-unchanged (with active true: refuse if
 //     the image was modified since this process gave it away), x-abandon
 //     (with active false: give up failed images too, although writes may be
-//     lost) and x-node-names (several images as one group, all or none).
+//     lost), x-node-names (several images as one group, all or none) and
+//     x-order (a name for x-cancel).
 //   - x-query-status returns all that "nbd-export status" shows.
 //   - x-identify says of each image, or of those in x-node-names, what tells
 //     it from others, and whether this process could open it for writing. With
 //     nonce, that is written into the owner records of those it owns, for
 //     another exporter to find beside its own image.
 //   - x-cancel stops an inactivation, of one image or of all, as long as
-//     writes are still served; the image stays active.
+//     writes are still served; the image stays active. With order it takes
+//     back the blockdev-set-active whose x-order that is: one that has not
+//     begun never will, as when it is still on its way on a connection that
+//     broke; running in the answer says that it is under way.
 package control

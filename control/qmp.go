@@ -35,6 +35,7 @@ type Server struct {
 	cfg     Config
 	started time.Time
 	quit    sync.Once
+	orders  orders
 
 	mu        sync.Mutex // a leaf
 	closing   bool
