@@ -1,6 +1,9 @@
 package control
 
 import (
+	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/nbd-export/nbd-export/ioloop"
@@ -63,8 +66,10 @@ type Record struct {
 type State string
 
 const (
-	stateActive   State = "active"
-	stateInactive State = "inactive"
+	stateActive       State = "active"
+	stateInactive     State = "inactive"
+	stateActivating   State = "activating"
+	stateInactivating State = "inactivating"
 )
 
 // Active reports whether the server owns the image and serves writes, now or
@@ -73,8 +78,53 @@ func (s State) Active() bool {
 	return s == State(state.Active.String()) || s == State(state.Inactivating.String())
 }
 
+// Owns reports whether the server holds the image, for writing or since it
+// failed.
+func (s State) Owns() bool { return s == stateActive || s.failed() }
+
+// moving reports whether a transition is under way.
+func (s State) moving() bool { return s == stateActivating || s == stateInactivating }
+
+func (s State) failed() bool { return strings.HasPrefix(string(s), "failed") }
+
 // Inactive reports whether the server holds nothing of the image.
 func (s State) Inactive() bool { return s == State(state.Inactive.String()) }
+
+// image is the image with that node, nil if there is none.
+func (s *Status) image(node string) *ImageStatus {
+	i := slices.IndexFunc(s.Images, func(i ImageStatus) bool { return i.Node == node })
+	if i < 0 {
+		return nil
+	}
+	return &s.Images[i]
+}
+
+// states sums up the states of these nodes, or of all if none is named:
+// "inactive", or "1 active, 2 inactive".
+func (s *Status) states(nodes []string) string {
+	count := map[State]int{}
+	var order []State
+	for _, i := range s.Images {
+		if len(nodes) > 0 && !slices.Contains(nodes, i.Node) {
+			continue
+		}
+		if count[i.State] == 0 {
+			order = append(order, i.State)
+		}
+		count[i.State]++
+	}
+	switch len(order) {
+	case 0:
+		return "without images"
+	case 1:
+		return string(order[0])
+	}
+	var words []string
+	for _, o := range order {
+		words = append(words, fmt.Sprintf("%d %s", count[o], o))
+	}
+	return strings.Join(words, ", ")
+}
 
 // Status never waits.
 func (t *Target) Status() ImageStatus {

@@ -13,8 +13,9 @@ import (
 
 func newActivateCommand() *cobra.Command {
 	var opt state.ActivateOptions
+	var nodes []string
 	cmd := &cobra.Command{
-		Use:   "activate --control PATH",
+		Use:   "activate --control CTL",
 		Short: "Make a server the owner of its images",
 		Long: `Make the server behind a control socket the owner of all its images, or of none
 if one of them cannot be had. It returns when the server is active, at once if
@@ -26,19 +27,28 @@ activation is refused and changes nothing.`,
   nbd-export activate --if-unchanged --control /run/a.ctl`,
 		Args: noArgs,
 	}
-	orderCommand(cmd, func(ctx context.Context, c *control.Client) error { return c.Activate(ctx, opt) })
+	orderCommand(cmd, func(ctx context.Context, c *control.Client) error { return c.Activate(ctx, opt, nodes...) })
+	nodeFlag(cmd, &nodes)
 	cmd.Flags().BoolVar(&opt.IfUnchanged, "if-unchanged", false, "refuse if an image was modified since this server gave it away")
 	return cmd
+}
+
+// controlUsage explains CTL.
+const controlUsage = "control socket `CTL` of the server: its path, or exec:COMMAND, whose standard input and output it is (required)"
+
+// nodeFlag names the images that an order is for.
+func nodeFlag(cmd *cobra.Command, nodes *[]string) {
+	cmd.Flags().StringArrayVar(nodes, "node", nil, "only the image with node `NAME`, as status shows it; may be repeated")
 }
 
 // orderCommand gives cmd the flag --control and runs order on a client of
 // that socket.
 func orderCommand(cmd *cobra.Command, order func(context.Context, *control.Client) error) {
-	path := cmd.Flags().String("control", "", "`PATH` of the server's control socket (required)")
+	path := cmd.Flags().String("control", "", controlUsage)
 	_ = cmd.MarkFlagFilename("control")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if *path == "" {
-			return usageError{fmt.Errorf("%s needs --control PATH", cmd.Name())}
+			return usageError{fmt.Errorf("%s needs --control CTL", cmd.Name())}
 		}
 		ctx := cmd.Context()
 		c, err := control.Dial(ctx, *path)

@@ -10,8 +10,9 @@ import (
 
 func newInactivateCommand() *cobra.Command {
 	var opt control.InactivateOptions
+	var nodes []string
 	cmd := &cobra.Command{
-		Use:   "inactivate --control PATH",
+		Use:   "inactivate --control CTL",
 		Short: "Have a server hand back its images",
 		Long: `Have the server behind a control socket hand back all its images, or none if one
 of them cannot be settled. When it returns, every write that was acknowledged is
@@ -23,7 +24,8 @@ more; its clients stay connected, may read, and get EPERM for writes.`,
   nbd-export inactivate --abandon --control /run/a.ctl`,
 		Args: noArgs,
 	}
-	orderCommand(cmd, func(ctx context.Context, c *control.Client) error { return c.Inactivate(ctx, opt) })
+	orderCommand(cmd, func(ctx context.Context, c *control.Client) error { return c.Inactivate(ctx, opt, nodes...) })
+	nodeFlag(cmd, &nodes)
 	cmd.Flags().BoolVar(&opt.Abandon, "abandon", false, "give up failed images too, although writes may be lost")
 	return cmd
 }

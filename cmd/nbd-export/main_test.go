@@ -26,7 +26,7 @@ func TestUsage(t *testing.T) {
 		{"sttus", 2, `there is no verb "sttus"; did you mean status?; see nbd-export --help`},
 		{"--nope", 2, "unknown flag: --nope; see nbd-export --help"},
 		{"status --nope", 2, "unknown flag: --nope; see nbd-export status --help"},
-		{"status", 2, "status needs --control PATH; see nbd-export status --help"},
+		{"status", 2, "status needs --control CTL; see nbd-export status --help"},
 		{"status --control", 2, "flag needs an argument: --control; see nbd-export status --help"},
 		{"status x --control /x", 2, `status takes no argument, but got "x"; see nbd-export status --help`},
 		{"status --control /no/such", 1, `no server answers at /no/such: no such file or directory; is "nbd-export serve --control /no/such" running?`},

@@ -2,11 +2,13 @@ package main
 
 import (
 	"context"
-	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -20,51 +22,120 @@ const statusTimeout = 10 * time.Second
 
 func newStatusCommand() *cobra.Command {
 	var asJSON bool
+	var controls []string
 	cmd := &cobra.Command{
-		Use:   "status --control PATH",
+		Use:   "status --control CTL [--control CTL]...",
 		Short: "Show what a server serves and what it owns",
 		Long: `Show what the server behind a control socket serves and what it owns. It answers
 during transitions too. Exit status is 0 if the server answered, whatever the
-answer, so this is also a health check.`,
+answer, so this is also a health check.
+
+With more than one --control the servers are shown side by side, and with --json
+as a list of objects with control and status, or error. Exit status is 1 then if
+one of them did not answer.`,
 		Example: `  nbd-export status --control /run/a.ctl
-  nbd-export status --control /run/a.ctl --json | jq -r '.images[].state'`,
+  nbd-export status --control /run/a.ctl --json | jq -r '.images[].state'
+  nbd-export status --control /run/a.ctl --control 'exec:ssh hostB nbd-export control-stdio /run/b.ctl'`,
 		Args: noArgs,
-	}
-	orderCommand(cmd, func(ctx context.Context, c *control.Client) error {
-		ctx, cancel := context.WithTimeout(ctx, statusTimeout)
-		defer cancel()
-		s, err := c.Status(ctx)
-		if err != nil {
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if len(controls) == 0 || slices.Contains(controls, "") {
+				return usageError{errors.New("status needs --control CTL")}
+			}
+			all := askStatus(cmd.Context(), controls)
+			var err error
+			switch {
+			case len(all) > 1 && asJSON:
+				err = writeJSON(cmd.OutOrStdout(), all)
+			case len(all) > 1:
+				err = writeStatuses(cmd.OutOrStdout(), all, time.Now())
+			case all[0].err != nil:
+			case asJSON:
+				err = writeJSON(cmd.OutOrStdout(), all[0].Status)
+			default:
+				err = writeStatus(cmd.OutOrStdout(), *all[0].Status, time.Now())
+			}
+			for _, s := range all {
+				err = errors.Join(err, s.err)
+			}
 			return err
-		}
-		if asJSON {
-			enc := json.NewEncoder(cmd.OutOrStdout())
-			enc.SetEscapeHTML(false)
-			enc.SetIndent("", "  ")
-			return enc.Encode(s)
-		}
-		return writeStatus(cmd.OutOrStdout(), s, time.Now())
-	})
+		},
+	}
+	cmd.Flags().StringArrayVar(&controls, "control", nil, controlUsage+"; may be repeated")
+	_ = cmd.MarkFlagFilename("control")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
 	return cmd
+}
+
+// controlStatus is what the server at a control socket says.
+type controlStatus struct {
+	Control string          `json:"control"`
+	Status  *control.Status `json:"status,omitempty"` // nil if it did not answer
+	Error   string          `json:"error,omitempty"`
+	err     error
+}
+
+// askStatus asks all servers at once.
+func askStatus(ctx context.Context, controls []string) []controlStatus {
+	all := make([]controlStatus, len(controls))
+	var wg sync.WaitGroup
+	for i, ctl := range controls {
+		wg.Go(func() {
+			ctx, cancel := context.WithTimeout(ctx, statusTimeout)
+			defer cancel()
+			p := control.NewPeer(ctl)
+			defer p.Close()
+			s, err := p.Status(ctx)
+			if err != nil {
+				all[i] = controlStatus{Control: ctl, Error: err.Error(), err: err}
+				return
+			}
+			all[i] = controlStatus{Control: ctl, Status: &s}
+		})
+	}
+	wg.Wait()
+	return all
 }
 
 // writeStatus prints s for people: a block for each image.
 func writeStatus(w io.Writer, s control.Status, now time.Time) error {
 	var b strings.Builder
+	for i, block := range statusBlocks(s, now) {
+		if i > 0 {
+			b.WriteByte('\n')
+		}
+		for _, r := range block {
+			fmt.Fprintf(&b, "%-12s %s\n", r.name, r.value)
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// statusRow is a line of a status.
+type statusRow struct{ name, value string }
+
+// statusBlocks are the lines of a status: those of the server, and those of
+// each image.
+func statusBlocks(s control.Status, now time.Time) [][]statusRow {
+	var blocks [][]statusRow
+	var rows []statusRow
 	row := func(name, format string, a ...any) {
-		fmt.Fprintf(&b, "%-12s %s\n", name, strings.ReplaceAll(fmt.Sprintf(format, a...), "\n", "; "))
+		rows = append(rows, statusRow{name, strings.ReplaceAll(fmt.Sprintf(format, a...), "\n", "; ")})
 	}
 	stopping := ""
 	if s.Stopping {
 		stopping = ", stopping"
 	}
-	row("server", "nbd-export %s, pid %d, up %s%s", s.Version, s.PID, age(now, s.Since), stopping)
+	if s.PID == 0 {
+		row("server", "%s", s.Version) // it says no more
+	} else {
+		row("server", "nbd-export %s, pid %d, up %s%s", s.Version, s.PID, age(now, s.Since), stopping)
+	}
 	if len(s.Images) == 0 {
 		row("images", "none")
 	}
 	for _, i := range s.Images {
-		b.WriteByte('\n')
+		blocks, rows = append(blocks, rows), nil
 		row("image", "%s", i.Image)
 		row("node", "%s", i.Node)
 		if i.Export.Name != "" {
@@ -79,6 +150,9 @@ func writeStatus(w io.Writer, s control.Status, now time.Time) error {
 		row("state", "%s%s", i.State, mode)
 		if i.Step != "" {
 			row("step", "%s for %s", i.Step, seconds(i.StepSeconds))
+		}
+		if i.Since.IsZero() {
+			continue // QEMU's daemon says no more
 		}
 		row("epoch", "%d", i.Epoch)
 		row("since", "%s (%s)", i.Since.In(now.Location()).Format("2006-01-02 15:04:05"), age(now, i.Since))
@@ -98,8 +172,7 @@ func writeStatus(w io.Writer, s control.Status, now time.Time) error {
 			row("last error", "%s", i.LastError)
 		}
 	}
-	_, err := io.WriteString(w, b.String())
-	return err
+	return append(blocks, rows)
 }
 
 func recordText(r control.Record) string {

@@ -1,0 +1,155 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+)
+
+// settlePause is between two looks at a side that is in a transition.
+const settlePause = 10 * time.Millisecond
+
+// check looks at both sides and plans what has to be done. It changes nothing
+// but the nonce in the owner records.
+func (h *handover) check() error {
+	var from, to Status
+	err := h.step("check", "both sides", func(ctx context.Context) error {
+		ctx, cancel := h.interruptible(ctx)
+		defer cancel()
+		return both(
+			func() (err error) { from, err = settled(ctx, h.from); return sideError("source", h.from, err) },
+			func() (err error) { to, err = settled(ctx, h.to); return sideError("destination", h.to, err) })
+	})
+	if err == nil {
+		err = h.step("compare", "the images of both", func(ctx context.Context) (err error) {
+			ctx, cancel := h.interruptible(ctx)
+			defer cancel()
+			h.pairs, err = SameImages(ctx, h.from, h.to, h.opt.AssumeSameImage, h.opt.Nodes...)
+			if err != nil {
+				return err
+			}
+			return h.plan(&from, &to)
+		})
+	}
+	if err != nil && h.interrupted() {
+		return errInterrupted
+	}
+	return err
+}
+
+// interruptible is ctx until the handover is to stop where that is safe.
+func (h *handover) interruptible(ctx context.Context) (context.Context, func()) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	done := make(chan struct{})
+	go func() {
+		select {
+		case <-h.opt.Interrupt:
+			cancel(errInterrupted)
+		case <-done:
+		}
+	}()
+	return ctx, func() { close(done); cancel(nil) }
+}
+
+// both runs a and b at once.
+func both(a, b func() error) error {
+	var wg sync.WaitGroup
+	var errs [2]error
+	wg.Go(func() { errs[0] = a() })
+	wg.Go(func() { errs[1] = b() })
+	wg.Wait()
+	switch {
+	case errs[0] == nil:
+		return errs[1]
+	case errs[1] == nil:
+		return errs[0]
+	}
+	return fmt.Errorf("%w; %w", errs[0], errs[1])
+}
+
+func sideError(role string, s Side, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("the %s cannot be asked: %w", role, err)
+}
+
+// settled is a side's status once no transition is under way there, or as it
+// is when ctx is about to end: another handover may be at work, or a command
+// that was killed has left an order behind.
+func settled(ctx context.Context, s Side) (Status, error) {
+	var patience <-chan time.Time
+	if until, ok := ctx.Deadline(); ok {
+		patience = time.After(time.Until(until) / 2)
+	}
+	for {
+		now, err := s.Status(ctx)
+		if err != nil {
+			return now, err
+		}
+		moving := false
+		for _, i := range now.Images {
+			moving = moving || i.State.moving()
+		}
+		if !moving {
+			return now, nil
+		}
+		select {
+		case <-time.After(settlePause):
+		case <-patience:
+			return now, nil // what it concerns is refused below
+		case <-ctx.Done():
+			return now, context.Cause(ctx)
+		}
+	}
+}
+
+// plan fills give and take, or says why nothing can be done.
+func (h *handover) plan(from, to *Status) error {
+	for i := range h.pairs {
+		p := &h.pairs[i]
+		a, b := from.image(p.A.Node), to.image(p.B.Node)
+		if a == nil || b == nil {
+			return errors.New("images were removed meanwhile")
+		}
+		h.report.Images = append(h.report.Images, HandoverImage{
+			From: a.Node, To: b.Node, Image: a.Image, Format: p.A.Format, Size: p.A.Size, Proof: p.Proof,
+		})
+		switch {
+		case a.State == stateActive && b.State == stateActive:
+			return fmt.Errorf("both sides say that they own %s; inactivate it at the one that should not", a.Image)
+		case a.State == stateActive && b.State == stateInactive:
+			h.give, h.take = append(h.give, a.Node), append(h.take, b.Node)
+		case a.State == stateInactive && b.State == stateInactive:
+			h.take = append(h.take, b.Node)
+		case a.State == stateInactive && b.State == stateActive: // as it should be
+			continue
+		default:
+			cause := ""
+			for _, s := range []*ImageStatus{a, b} {
+				if s.Cause != "" {
+					cause = ": " + s.Cause
+				}
+			}
+			return fmt.Errorf("%s is %s at the source and %s at the destination%s", a.Image, a.State, b.State, cause)
+		}
+		switch {
+		case p.B.Unusable != "":
+			return fmt.Errorf("the destination could not open it: %s", p.B.Unusable)
+		case b.ReadOnly && !a.ReadOnly:
+			return fmt.Errorf("the destination serves %s read-only and the source does not; restart it without --read-only", b.Image)
+		}
+	}
+	return errors.Join(plainGroup(h.from, from, h.give), plainGroup(h.to, to, h.take))
+}
+
+// plainGroup refuses what QEMU's daemon cannot do: it moves one node, or all.
+func plainGroup(s Side, now *Status, nodes []string) error {
+	if s.Extended() || len(nodes) <= 1 || len(nodes) == len(now.Images) {
+		return nil
+	}
+	return fmt.Errorf("QEMU's storage daemon at %s moves one node or all of them, not %d of %d; name one with --node, or none",
+		s.Name(), len(nodes), len(now.Images))
+}

@@ -1,0 +1,206 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+)
+
+// HandoverOutcome is how a handover ended. The names are for scripts.
+type HandoverOutcome string
+
+const (
+	// HandoverMoved: the destination owns the images now.
+	HandoverMoved HandoverOutcome = "moved"
+	// HandoverAlready: it did before; nothing was done.
+	HandoverAlready HandoverOutcome = "already"
+	// HandoverRefused: the source owns them as before, or whoever did.
+	HandoverRefused HandoverOutcome = "refused"
+	// HandoverCancelled is HandoverRefused because of an interrupt.
+	HandoverCancelled HandoverOutcome = "cancelled"
+	// HandoverReturned: the destination did not take them, the source has
+	// taken them back.
+	HandoverReturned HandoverOutcome = "returned"
+	// HandoverUnowned: neither side owns them.
+	HandoverUnowned HandoverOutcome = "unowned"
+	// HandoverUnknown: a side does not answer, and may own them.
+	HandoverUnknown HandoverOutcome = "unknown"
+)
+
+// Good reports whether the destination owns the images.
+func (o HandoverOutcome) Good() bool { return o == HandoverMoved || o == HandoverAlready }
+
+// HandoverReport is what a handover did, and what "handover --json" prints.
+type HandoverReport struct {
+	Outcome HandoverOutcome `json:"outcome"`
+	// Error is what went wrong, "" if nothing did, and Next the command to
+	// run then; IfGone is the one instead for who knows that the destination,
+	// which does not answer, has ended for good.
+	Error  string `json:"error,omitempty"`
+	Next   string `json:"next,omitempty"`
+	IfGone string `json:"next-if-destination-gone,omitempty"`
+	// Interrupted: it was asked to stop, wherever it was then.
+	Interrupted bool `json:"interrupted,omitempty"`
+	// Milliseconds is the time from the beginning to the outcome; Gap, of
+	// those, the time in which neither side took writes.
+	Milliseconds float64         `json:"ms"`
+	Gap          float64         `json:"gap-ms,omitempty"`
+	Steps        []HandoverStep  `json:"steps"`
+	Images       []HandoverImage `json:"images"`
+	// From and To are what the sides said at the end.
+	From HandoverSide `json:"from"`
+	To   HandoverSide `json:"to"`
+}
+
+// HandoverStep is one step of a handover.
+type HandoverStep struct {
+	Name         string  `json:"step"` // check, compare, inactivate, activate, ask, reactivate
+	What         string  `json:"what"` // it is done to, in words
+	Milliseconds float64 `json:"ms"`
+	Error        string  `json:"error,omitempty"`
+}
+
+// HandoverImage is an image that is handed over.
+type HandoverImage struct {
+	From   string `json:"from-node"`
+	To     string `json:"to-node"`
+	Image  string `json:"image"` // path at the source
+	Format string `json:"format"`
+	Size   int64  `json:"size"`
+	Proof  Proof  `json:"proof"`
+}
+
+// HandoverSide is what a side says of its images.
+type HandoverSide struct {
+	Control string `json:"control"`
+	// State sums up the states of those in the handover, or of all if it is
+	// not known which they are; "unknown" with Error if the side did not answer.
+	State  string          `json:"state"`
+	Error  string          `json:"error,omitempty"`
+	Images []HandoverState `json:"images,omitempty"`
+}
+
+// HandoverState is an image of a HandoverSide.
+type HandoverState struct {
+	Node  string `json:"node-name"`
+	Image string `json:"image"`
+	State State  `json:"state"`
+	Epoch uint64 `json:"epoch"`
+}
+
+// stateUnknown is the State of a HandoverSide that does not answer.
+const stateUnknown = "unknown"
+
+// lookPatience is how long the last question may take.
+const lookPatience = 2 * time.Second
+
+// look asks both sides what they say now.
+func (h *handover) look() {
+	if h.report.Steps == nil {
+		h.report.Steps = []HandoverStep{}
+	}
+	if h.report.Images == nil {
+		h.report.Images = []HandoverImage{}
+	}
+	var froms, tos []string
+	for _, p := range h.pairs {
+		froms, tos = append(froms, p.A.Node), append(tos, p.B.Node)
+	}
+	ctx, cancel := context.WithTimeout(h.ctx, min(lookPatience, h.opt.Timeout))
+	defer cancel()
+	ask := func(s Side, side *HandoverSide, nodes []string) func() error {
+		return func() error {
+			side.State = stateUnknown
+			now, err := s.Status(ctx)
+			if err != nil {
+				side.Error = err.Error()
+				return err
+			}
+			side.State = now.states(nodes)
+			for _, i := range now.Images {
+				side.Images = append(side.Images, HandoverState{Node: i.Node, Image: i.Image, State: i.State, Epoch: i.Epoch})
+			}
+			return nil
+		}
+	}
+	// It does not change what came of the handover.
+	_ = both(ask(h.from, &h.report.From, froms), ask(h.to, &h.report.To, tos))
+}
+
+// conclude says what to do next, for outcomes that ask for it.
+func (h *handover) conclude() {
+	r := &h.report
+	if r.Outcome.Good() {
+		return
+	}
+	inactive := string(stateInactive)
+	switch {
+	case r.Outcome == HandoverUnowned && r.From.State != inactive && h.from.Gone():
+		r.Next = "nbd-export activate --control " + quote(h.to.Name()) + h.nodeFlags(h.take)
+	case r.Outcome == HandoverUnowned && r.To.State != inactive && h.to.Gone():
+		r.Next = "nbd-export activate --control " + quote(h.from.Name()) + h.nodeFlags(h.give)
+	default:
+		r.Next = h.command()
+		if r.To.State == stateUnknown && r.From.State == inactive {
+			r.IfGone = "nbd-export activate --if-unchanged --control " + quote(h.from.Name()) + h.nodeFlags(h.give)
+		}
+	}
+}
+
+// command is the handover again, for a shell.
+func (h *handover) command() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "nbd-export handover --from %s --to %s", quote(h.from.Name()), quote(h.to.Name()))
+	for _, n := range h.opt.Nodes {
+		b.WriteString(" --node " + quote(n))
+	}
+	if h.opt.AssumeSameImage {
+		b.WriteString(" --assume-same-image")
+	}
+	return b.String()
+}
+
+// nodeFlags names the nodes of a side, if not all are meant.
+func (h *handover) nodeFlags(nodes []string) string {
+	if len(h.opt.Nodes) == 0 {
+		return ""
+	}
+	var b strings.Builder
+	for _, n := range nodes {
+		b.WriteString(" --node " + quote(n))
+	}
+	return b.String()
+}
+
+// quote makes one word for a shell of s.
+func quote(s string) string {
+	plain := func(c rune) bool {
+		return c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || strings.ContainsRune("@%+=:,./_-", c)
+	}
+	if s != "" && strings.IndexFunc(s, func(c rune) bool { return !plain(c) }) < 0 {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
+}
+
+// Err is the failure in one line, with the states of both sides and what to
+// run next; nil if the destination owns the images.
+func (r *HandoverReport) Err() error {
+	if r.Outcome.Good() {
+		return nil
+	}
+	text := r.Error + "; " + r.From.text("source") + ", " + r.To.text("destination") + "; next: " + r.Next
+	if r.IfGone != "" {
+		text += "; or, once you know that the destination has ended for good: " + r.IfGone
+	}
+	return errors.New(text)
+}
+
+func (s *HandoverSide) text(role string) string {
+	if s.State == stateUnknown {
+		return fmt.Sprintf("the %s (%s) does not answer", role, s.Control)
+	}
+	return fmt.Sprintf("the %s (%s) is %s", role, s.Control, s.State)
+}
