@@ -27,8 +27,18 @@ func (h *handover) check() error {
 			ctx, cancel := h.interruptible(ctx)
 			defer cancel()
 			h.pairs, err = SameImages(ctx, h.from, h.to, h.opt.AssumeSameImage, h.opt.Nodes...)
-			if err != nil {
-				return err
+			for range 3 {
+				if err != nil {
+					return err
+				}
+				if err = h.plan(&from, &to); !errors.Is(err, errTwoOwners) {
+					return err
+				}
+				// Asked at once, one may have answered before another handover
+				// and one after it.
+				if from, err = h.from.Status(ctx); err == nil {
+					to, err = h.to.Status(ctx)
+				}
 			}
 			return h.plan(&from, &to)
 		})
@@ -106,8 +116,11 @@ func settled(ctx context.Context, s Side) (Status, error) {
 	}
 }
 
+var errTwoOwners = errors.New("both sides say that they own")
+
 // plan fills give and take, or says why nothing can be done.
 func (h *handover) plan(from, to *Status) error {
+	h.give, h.take, h.report.Images = nil, nil, nil
 	for i := range h.pairs {
 		p := &h.pairs[i]
 		a, b := from.image(p.A.Node), to.image(p.B.Node)
@@ -119,7 +132,7 @@ func (h *handover) plan(from, to *Status) error {
 		})
 		switch {
 		case a.State == stateActive && b.State == stateActive:
-			return fmt.Errorf("both sides say that they own %s; inactivate it at the one that should not", a.Image)
+			return fmt.Errorf("%w %s; inactivate it at the one that should not", errTwoOwners, a.Image)
 		case a.State == stateActive && b.State == stateInactive:
 			h.give, h.take = append(h.give, a.Node), append(h.take, b.Node)
 		case a.State == stateInactive && b.State == stateInactive:
