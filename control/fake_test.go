@@ -17,7 +17,10 @@ import (
 	"github.com/nbd-export/nbd-export/state"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	helperMain() // does not return in a helper
+	goleak.VerifyTestMain(m)
+}
 
 // fakeImage is an image without storage. Its hooks run in the methods named
 // like them; nil does nothing.

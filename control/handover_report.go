@@ -114,6 +114,9 @@ func (h *handover) look() {
 		return func() error {
 			side.State = stateUnknown
 			now, err := s.Status(ctx)
+			if err != nil && ctx.Err() == nil && !s.Gone() {
+				now, err = s.Status(ctx) // on a new connection
+			}
 			if err != nil {
 				side.Error = err.Error()
 				return err

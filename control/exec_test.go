@@ -1,0 +1,221 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// helperMain makes the test binary a relay to a control socket, or a server
+// without images, if it is asked to.
+func helperMain() {
+	if path := os.Getenv("CONTROL_TEST_RELAY"); path != "" {
+		nc, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			os.Exit(1)
+		}
+		go func() {
+			_, _ = io.Copy(nc, os.Stdin)
+			_ = nc.CloseWrite()
+		}()
+		_, _ = io.Copy(os.Stdout, nc)
+		os.Exit(0)
+	}
+	if path := os.Getenv("CONTROL_TEST_SERVE"); path != "" {
+		l, err := Listen(path)
+		if err != nil {
+			os.Exit(1)
+		}
+		_ = NewServer(Config{Registry: &Registry{}, Version: "test"}).Serve(l)
+		os.Exit(0)
+	}
+}
+
+func execRelay(t testing.TB, path string) string {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return "exec:CONTROL_TEST_RELAY='" + path + "' exec '" + self + "'"
+}
+
+func TestExec(t *testing.T) {
+	b := newBed(t, 2)
+	path := b.listen(t, Config{})
+	c := dial(t, execRelay(t, path))
+	ctx := context.Background()
+	if err := c.SetActive(ctx, true); err != nil {
+		t.Fatal(err)
+	}
+	b.want(t, state.Active, state.Active)
+	if s, err := c.Status(ctx); err != nil || len(s.Images) != 2 {
+		t.Errorf("%+v, %v", s, err)
+	}
+	x := c.nc.(*execConn)
+	if err := c.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := syscall.Kill(-x.pid, 0); err != syscall.ESRCH {
+		t.Errorf("the command is still there: %v", err)
+	}
+}
+
+func TestExecFails(t *testing.T) {
+	ctx := context.Background()
+	for command, want := range map[string]string{
+		"":                                  "no command follows",
+		"echo no route to host >&2; exit 7": "ended before it answered (exit status 7): no route to host",
+		"echo hello":                        "is no control socket",
+		"printf 'a\\033b\\nc' >&2":          "ended before it answered: a?b; c",
+		"kill -9 $$":                        "signal: killed",
+		"exec >&-; sleep 60":                "its output ended before it answered",
+		`echo '{"QMP": {}}'; exit 3`:        "exit status 3",
+	} {
+		_, err := Dial(ctx, "exec:"+command)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v; want %s", command, err, want)
+		}
+	}
+}
+
+// A command that does not end by itself is killed with all that it started,
+// and nobody waits for it for long.
+func TestExecEnds(t *testing.T) {
+	dir := t.TempDir()
+	pid := filepath.Join(dir, "pid")
+	ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
+	defer cancel()
+	_, err := Dial(ctx, "exec:trap '' TERM INT HUP; sleep 1000 & echo $! > "+pid+"; wait")
+	if !errors.Is(err, context.DeadlineExceeded) && (err == nil || !strings.Contains(err.Error(), "does not greet")) {
+		t.Error(err)
+	}
+	b, err := os.ReadFile(pid)
+	if err != nil {
+		t.Fatal(err)
+	}
+	child := strings.TrimSpace(string(b))
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		stat, err := os.ReadFile("/proc/" + child + "/stat")
+		if err != nil || strings.Contains(string(stat), ") Z ") {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("what the command has started is still there")
+		}
+	}
+}
+
+func TestOrders(t *testing.T) {
+	var o orders
+	if err := o.begin("a"); err != nil || !o.takeBack("a") {
+		t.Error("one that is under way is not running", err)
+	}
+	o.end("a")
+	if o.takeBack("a") {
+		t.Error("it has ended")
+	}
+	if o.takeBack("b") || o.begin("b") == nil {
+		t.Error("one that was taken back begins")
+	}
+	for range 3 {
+		if err := o.begin(""); err != nil {
+			t.Error(err)
+		}
+		o.end("")
+	}
+	for i := range 2 * mostVoid {
+		o.takeBack(string(rune('A' + i)))
+	}
+	if len(o.void) != mostVoid {
+		t.Errorf("%d are remembered", len(o.void))
+	}
+}
+
+// An order that is taken back on another connection does not begin, and one
+// under way is told of.
+func TestTakeBack(t *testing.T) {
+	b := newBed(t, 1)
+	path := b.listen(t, Config{})
+	p := NewPeer(path)
+	defer p.Close()
+	ctx := context.Background()
+	if running, err := p.TakeBack(ctx, Order{Name: "x", Nodes: []string{"image0"}}); running || err != nil {
+		t.Fatal(running, err)
+	}
+	if err := p.SetActive(ctx, Order{Name: "x", Active: true, Nodes: []string{"image0"}}); err == nil || !answered(err) {
+		t.Error(err)
+	}
+	b.want(t, state.Inactive)
+
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	b.images[0].acquire = func() error { close(begun); <-goOn; return nil }
+	result := make(chan error)
+	go func() { result <- p.SetActive(ctx, Order{Name: "y", Active: true, Nodes: []string{"image0"}}) }()
+	<-begun
+	if running, err := p.TakeBack(ctx, Order{Name: "y", Nodes: []string{"image0"}}); !running || err != nil {
+		t.Error(running, err)
+	}
+	close(goOn)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	b.want(t, state.Active)
+	// Whoever goes on knows that nobody is gone: it is this process.
+	if p.Gone() {
+		t.Error("this process is gone")
+	}
+}
+
+// A process that has ended is seen to be gone, one behind a command never.
+func TestGone(t *testing.T) {
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	path := filepath.Join(dir, "ctl")
+	cmd := exec.Command(self)
+	cmd.Env = append(os.Environ(), "CONTROL_TEST_SERVE="+path)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { _ = cmd.Wait(); close(ended) }()
+	defer func() { _ = cmd.Process.Kill(); <-ended }()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		if _, err := os.Stat(path); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("no server")
+		}
+	}
+	ctx := context.Background()
+	near, far := NewPeer(path), NewPeer(execRelay(t, path))
+	defer near.Close()
+	defer far.Close()
+	if near.Gone() {
+		t.Error("gone before it was asked")
+	}
+	for _, p := range []*Peer{near, far} {
+		if _, err := p.Status(ctx); err != nil || p.Gone() {
+			t.Fatal(err, p.Gone())
+		}
+	}
+	_ = cmd.Process.Signal(syscall.SIGKILL)
+	<-ended
+	if !near.Gone() || far.Gone() {
+		t.Errorf("after its death: %v, through a command %v", near.Gone(), far.Gone())
+	}
+}
