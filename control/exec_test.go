@@ -193,20 +193,21 @@ func TestGone(t *testing.T) {
 	ended := make(chan struct{})
 	go func() { _ = cmd.Wait(); close(ended) }()
 	defer func() { _ = cmd.Process.Kill(); <-ended }()
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
-		if _, err := os.Stat(path); err == nil {
-			break
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("no server")
-		}
-	}
 	ctx := context.Background()
 	near, far := NewPeer(path), NewPeer(execRelay(t, path))
 	defer near.Close()
 	defer far.Close()
 	if near.Gone() {
 		t.Error("gone before it was asked")
+	}
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+		_, err := near.Status(ctx)
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
 	}
 	for _, p := range []*Peer{near, far} {
 		if _, err := p.Status(ctx); err != nil || p.Gone() {

@@ -223,11 +223,21 @@ func (h *handover) activate() {
 		h.end(HandoverUnknown, fmt.Errorf("stopped at once, as told, while the destination was activating: %w", err))
 		return
 	}
+	f, why := h.fate(h.to, o)
 	if answered(err) {
-		h.takeBack(fmt.Errorf("the destination did not activate: %w", err))
+		// It did not do it. Unless it says now that it owns them all the same,
+		// through somebody else, or some of them, or soon, that is that.
+		switch {
+		case f == fateDone:
+			h.moved()
+		case f == fateUnknown && !errors.Is(why, errUnheard):
+			h.end(HandoverUnknown, fmt.Errorf("the destination did not activate: %w; and yet %w", err, why))
+		default:
+			h.takeBack(fmt.Errorf("the destination did not activate: %w", err))
+		}
 		return
 	}
-	switch f, why := h.fate(h.to, o); f {
+	switch f {
 	case fateDone:
 		h.moved()
 	case fateNot:
@@ -294,6 +304,9 @@ const (
 	fatePause    = 20 * time.Millisecond
 )
 
+// errUnheard is why a fate is unknown where the side does not answer.
+var errUnheard = errors.New("it does not answer")
+
 // fate asks a side what became of order o, until that is certain. The error
 // says why it is not.
 func (h *handover) fate(s Side, o Order) (f fate, why error) {
@@ -327,13 +340,13 @@ func (h *handover) glance(ctx context.Context, s Side, o Order) (f fate, settled
 	defer cancel()
 	running, err := s.TakeBack(ctx, o)
 	if err != nil {
-		return fateUnknown, false, err
+		return fateUnknown, false, fmt.Errorf("%w: %w", errUnheard, err)
 	}
 	// Asked after the order was void: what is not so now will not become so
 	// by it.
 	now, err := s.Status(ctx)
 	if err != nil {
-		return fateUnknown, false, err
+		return fateUnknown, false, fmt.Errorf("%w: %w", errUnheard, err)
 	}
 	if running {
 		return fateUnknown, false, errors.New("the order is still under way")

@@ -39,6 +39,7 @@ type trouble string
 const (
 	fine       trouble = ""
 	fails      trouble = "answers failure"
+	failsMute  trouble = "answers failure, and then never again"
 	vanishes   trouble = "no answer, was not carried out"
 	done       trouble = "no answer, was carried out"
 	late       trouble = "no answer, arrives later"
@@ -189,6 +190,9 @@ func (f *fakeSide) SetActive(ctx context.Context, o Order) error {
 	defer f.store.mu.Unlock()
 	f.orders = append(f.orders, kindOf(o))
 	switch f.trouble[kindOf(o)] {
+	case failsMute:
+		f.silent = true
+		fallthrough
 	case fails:
 		return generic("%s: it does not want to", f.name)
 	case vanishes:

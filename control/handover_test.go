@@ -39,6 +39,7 @@ var handoverCases = []handoverCase{
 	{name: "source mute, done", from: on("inactivate", muteDone), owner: "", outcome: HandoverUnknown, next: "again", again: HandoverMoved},
 
 	{name: "destination fails", to: on("activate", fails), owner: "a", outcome: HandoverReturned, next: "again", again: HandoverMoved},
+	{name: "destination fails, mute", to: on("activate", failsMute), owner: "a", outcome: HandoverReturned, next: "again", again: HandoverMoved},
 	{name: "destination lost", to: on("activate", vanishes), owner: "a", outcome: HandoverReturned, next: "again", again: HandoverMoved},
 	{name: "destination late", to: on("activate", late), owner: "a", outcome: HandoverReturned, next: "again", again: HandoverMoved},
 	{name: "destination slow", to: on("activate", slow), owner: "b", outcome: HandoverMoved, again: HandoverAlready},
@@ -155,6 +156,36 @@ func (c handoverCase) judge(t *testing.T, r *HandoverReport, a, b *fakeSide) {
 	}
 	if gone := r.To.State == "unknown" && r.From.State == "inactive" && !b.Gone(); gone != (r.IfGone != "") {
 		t.Errorf("if gone: %q", r.IfGone)
+	}
+}
+
+// A destination that answers that it failed, and yet owns an image, or is about
+// to: the source keeps its hands off, locks or not.
+func TestHandoverHalf(t *testing.T) {
+	for name, c := range map[string]struct {
+		states  []State
+		outcome HandoverOutcome
+	}{
+		"a half":       {[]State{"active", "inactive"}, HandoverUnknown},
+		"on its way":   {[]State{"activating", "inactive"}, HandoverUnknown},
+		"on its way 2": {[]State{"inactivating", "inactivating"}, HandoverUnknown},
+		"failed":       {[]State{"failed(io)", "failed(io)"}, HandoverUnknown},
+		"all the same": {[]State{"active", "active"}, HandoverMoved},
+		"none":         {[]State{"inactive", "inactive"}, HandoverReturned},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				s := newFakeStore(2)
+				s.noLock = true
+				a, b := newFakeSide("a", s, true), newFakeSide("b", s, false)
+				b.trouble["activate"] = fails
+				b.hook = func(Order) { b.states = c.states }
+				r := Handover(context.Background(), a, b, HandoverOptions{})
+				if r.Outcome != c.outcome || (s.owner(t) == "a") != (c.outcome == HandoverReturned) {
+					t.Errorf("%q (%s), %q owns them", r.Outcome, r.Error, s.owner(t))
+				}
+			})
+		})
 	}
 }
 

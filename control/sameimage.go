@@ -229,7 +229,7 @@ func reasons(a *Identity, bs []Identity) string {
 			break
 		}
 	}
-	return ": " + strings.Join(list, "; ") + "; if you know which it is, give both the same export name, or node name with --node, and --assume-same-image"
+	return ": " + strings.Join(list, "; ") + "; name those to compare with --node; if you know which it is, give both the same export name, or node name, and --assume-same-image"
 }
 
 // alike sees that both sides understand the image the same.

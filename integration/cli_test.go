@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-var verbs = []string{"serve", "activate", "inactivate", "status", "bench", "demo", "version"}
+var verbs = []string{"serve", "activate", "inactivate", "handover", "control-stdio", "status", "bench", "demo", "version"}
 
 func TestHelp(t *testing.T) {
 	top := cli(t, "--help")
@@ -86,6 +86,13 @@ func TestWrongUsage(t *testing.T) {
 		{"status", "--control", "/tmp/none", "more"},
 		{"activate", "--abandon", "--control", "/tmp/none"},
 		{"inactivate", "--if-unchanged", "--control", "/tmp/none"},
+		{"status", "--control", "/tmp/none", "--control", ""},
+		{"control-stdio"},
+		{"handover"},
+		{"handover", "--from", "/tmp/none"},
+		{"handover", "--from", "/tmp/none", "--to", "/tmp/none"},
+		{"handover", "--from", "/tmp/none", "--to", "/tmp/nobody", "--timeout", "0s"},
+		{"handover", "--from", "/tmp/none", "--to", "/tmp/nobody", "more"},
 		{"bench"},
 		{"bench", "--rw", "sideways", "nbd+unix:///?socket=/tmp/none"},
 		{"bench", "--bs", "0", "nbd+unix:///?socket=/tmp/none"},
@@ -108,6 +115,9 @@ func TestNoServer(t *testing.T) {
 		{"activate", "--control", "/tmp/none/ctl"},
 		{"inactivate", "--control", "/tmp/none/ctl"},
 		{"status", "--control", "/tmp/none/ctl"},
+		{"status", "--control", "exec:echo no way to /tmp/none/ctl >&2"},
+		{"control-stdio", "/tmp/none/ctl"},
+		{"handover", "--from", "/tmp/none/ctl", "--to", "/tmp/none/ctl2"},
 	} {
 		wantFailure(t, cli(t, args...), 1, "/tmp/none/ctl")
 	}
