@@ -36,11 +36,11 @@ func (o HandoverOutcome) Good() bool { return o == HandoverMoved || o == Handove
 type HandoverReport struct {
 	Outcome HandoverOutcome `json:"outcome"`
 	// Error is what went wrong, "" if nothing did, and Next the command to
-	// run then; IfGone is the one instead for who knows that the destination,
-	// which does not answer, has ended for good.
+	// run then; IfGone is the one instead for who knows that the side which
+	// does not answer has ended for good.
 	Error  string `json:"error,omitempty"`
 	Next   string `json:"next,omitempty"`
-	IfGone string `json:"next-if-destination-gone,omitempty"`
+	IfGone string `json:"next-if-gone,omitempty"`
 	// Interrupted: it was asked to stop, wherever it was then.
 	Interrupted bool `json:"interrupted,omitempty"`
 	// Milliseconds is the time from the beginning to the outcome; Gap, of
@@ -139,16 +139,28 @@ func (h *handover) conclude() {
 		return
 	}
 	inactive := string(stateInactive)
+	r.Next = h.command()
 	switch {
-	case r.Outcome == HandoverUnowned && r.From.State != inactive && h.from.Gone():
-		r.Next = "nbd-export activate --control " + quote(h.to.Name()) + h.nodeFlags(h.take)
-	case r.Outcome == HandoverUnowned && r.To.State != inactive && h.to.Gone():
-		r.Next = "nbd-export activate --control " + quote(h.from.Name()) + h.nodeFlags(h.give)
-	default:
-		r.Next = h.command()
-		if r.To.State == stateUnknown && r.From.State == inactive {
-			r.IfGone = "nbd-export activate --if-unchanged --control " + quote(h.from.Name()) + h.nodeFlags(h.give)
+	case r.From.State == stateUnknown && r.To.State == inactive:
+		// The source takes nothing back that it wrote, so there is nothing to
+		// compare with.
+		h.takeOver(h.from, "nbd-export activate --control "+quote(h.to.Name())+h.nodeFlags(h.take))
+	case r.To.State == stateUnknown && r.From.State == inactive:
+		back := "nbd-export activate --control "
+		if !h.to.Gone() {
+			back = "nbd-export activate --if-unchanged --control "
 		}
+		h.takeOver(h.to, back+quote(h.from.Name())+h.nodeFlags(h.give))
+	}
+}
+
+// takeOver is what to run where a side does not answer: the command, if it is
+// certain that it has ended, or if the user is.
+func (h *handover) takeOver(silent Side, command string) {
+	if silent.Gone() {
+		h.report.Next = command
+	} else {
+		h.report.IfGone = command
 	}
 }
 
@@ -196,7 +208,11 @@ func (r *HandoverReport) Err() error {
 	}
 	text := r.Error + "; " + r.From.text("source") + ", " + r.To.text("destination") + "; next: " + r.Next
 	if r.IfGone != "" {
-		text += "; or, once you know that the destination has ended for good: " + r.IfGone
+		role := "destination"
+		if r.From.State == stateUnknown {
+			role = "source"
+		}
+		text += "; or, once you know that the " + role + " has ended for good: " + r.IfGone
 	}
 	return errors.New(text)
 }

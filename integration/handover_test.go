@@ -23,7 +23,7 @@ type handoverReport struct {
 	Outcome string  `json:"outcome"`
 	Error   string  `json:"error"`
 	Next    string  `json:"next"`
-	IfGone  string  `json:"next-if-destination-gone"`
+	IfGone  string  `json:"next-if-gone"`
 	Gap     float64 `json:"gap-ms"`
 	Steps   []struct{ Step, Error string }
 	Images  []struct{ Proof string }
@@ -169,11 +169,18 @@ type writer struct {
 const writerSectors = 64
 
 func startWriter(t testing.TB, e *daemon, n int) *writer {
-	w := &writer{t: t, e: e, first: n * writerSectors, last: make([]uint64, writerSectors), sent: make([]uint64, writerSectors)}
+	return (&writer{
+		t: t, first: n * writerSectors, last: make([]uint64, writerSectors), sent: make([]uint64, writerSectors),
+	}).again(e)
+}
+
+// again starts w, or goes on where it has stopped, through an exporter.
+func (w *writer) again(e *daemon) *writer {
+	w.e = e
 	var ctx context.Context
 	ctx, w.cancel = context.WithCancel(context.Background())
 	w.done.Go(func() { w.run(ctx) })
-	t.Cleanup(w.stop)
+	w.t.Cleanup(w.stop)
 	return w
 }
 
@@ -186,10 +193,8 @@ func (w *writer) run(ctx context.Context) {
 			c.Abort()
 		}
 	}()
-	stop := make(chan struct{})
-	defer close(stop)
 	b := make([]byte, sectorSize)
-	for id := uint64(1); ctx.Err() == nil; id++ {
+	for id := slices.Max(w.sent) + 1; ctx.Err() == nil; id++ {
 		if c == nil {
 			dialed, err := client.Dial(ctx, w.e.uri(), client.Options{})
 			if err != nil {
@@ -536,19 +541,48 @@ func TestHandoverRemoteDies(t *testing.T) {
 	p.end()
 }
 
-// A source that dies leaves the image to whoever may lock it.
-func TestHandoverSourceDies(t *testing.T) {
+// Either exporter is killed at each message from the proof on: afterwards at
+// most one owns the image, and what the command says to run next makes the
+// survivor the owner.
+func TestHandoverExporterKilled(t *testing.T) {
 	p := newPair(t, tmpfsDir(t))
-	ctl, answer := hold(t, p.sides[1], answerToOrder-2) // it has seen the record
-	cmd := newHandoverProcess(t, p.sides[0].control, ctl)
-	answer.wait(cmd.process)
-	p.sides[0].kill()
-	answer.release()
-	h := parseHandover(t, cmd.result())
-	if h.Outcome == "moved" || h.To.State != "inactive" || p.judge() != -1 {
-		t.Errorf("%+v", h)
+	from := 0
+	outcomes := map[string]int{}
+	for n := range 2 * 2 * 6 {
+		victim, at, through := (from+n)%2, answerToOrder-3+n/4, n/2%2
+		ctl := [2]string{p.sides[from].control, p.sides[1-from].control}
+		var message *held
+		ctl[through], message = hold(t, p.sides[(from+through)%2], at)
+		cmd := newHandoverProcess(t, ctl[0], ctl[1], "--timeout", "700ms")
+		message.wait(cmd.process)
+		p.sides[victim].kill()
+		message.release()
+		h := parseHandover(t, cmd.result())
+		outcomes[h.Outcome]++
+		what := fmt.Sprintf("side %d killed at message %d through %d, from %d: %+v", victim, at, through, from, h)
+		switch owner := p.judge(); {
+		case owner == 1-victim:
+		case h.Outcome == "moved" && victim != from: // it had answered that it owns it
+			p.sides[from].activate()
+		default:
+			next := h.Next
+			if h.IfGone != "" {
+				next = h.IfGone
+			}
+			if !strings.Contains(next, " activate ") {
+				t.Fatalf("nobody owns the image, and it says to run %s: %s", next, what)
+			}
+			run(t, "/bin/sh", "-c", strings.Replace(next, "nbd-export", program(t), 1))
+			if owner := p.judge(); owner != 1-victim {
+				t.Fatalf("the survivor does not own the image after %s: %s", next, what)
+			}
+		}
+		p.load[victim].stop()
+		p.sides[victim] = serve(t, p.image, "--inactive")
+		p.load[victim].again(p.sides[victim])
+		from = 1 - victim
 	}
-	p.sides[1].activate()
+	t.Logf("outcomes: %v", outcomes)
 	p.end()
 }
 
