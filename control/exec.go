@@ -55,6 +55,7 @@ func startExec(command string) (*execConn, error) {
 	c := &execConn{in: in, out: out, ended: make(chan struct{})}
 	cmd := exec.Command("/bin/sh", "-c", command)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, stdout, &c.said
+	// Its input ends with us, which is an end for most; SIGKILL is for the rest.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	cmd.WaitDelay = execFarewell
 	err = cmd.Start()

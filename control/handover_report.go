@@ -108,6 +108,12 @@ func (h *handover) look() {
 	for _, p := range h.pairs {
 		froms, tos = append(froms, p.A.Node), append(tos, p.B.Node)
 	}
+	if h.ctx.Err() != nil {
+		for _, s := range []*HandoverSide{&h.report.From, &h.report.To} {
+			s.State, s.Error = stateUnknown, "it was not asked"
+		}
+		return
+	}
 	ctx, cancel := context.WithTimeout(h.ctx, min(lookPatience, h.opt.Timeout))
 	defer cancel()
 	ask := func(s Side, side *HandoverSide, nodes []string) func() error {
@@ -219,7 +225,7 @@ func (r *HandoverReport) Err() error {
 
 func (s *HandoverSide) text(role string) string {
 	if s.State == stateUnknown {
-		return fmt.Sprintf("the %s (%s) does not answer", role, s.Control)
+		return fmt.Sprintf("what the %s (%s) has is not known", role, s.Control)
 	}
 	return fmt.Sprintf("the %s (%s) is %s", role, s.Control, s.State)
 }

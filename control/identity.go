@@ -120,6 +120,11 @@ func (c *Client) Identify(ctx context.Context, nonce string, nodes ...string) ([
 	if err != nil {
 		return nil, err
 	}
+	for _, name := range nodes {
+		if !slices.ContainsFunc(exported, func(n ImageStatus) bool { return n.Node == name }) {
+			return nil, generic("Failed to find an exported node with node-name='%s'", name)
+		}
+	}
 	for _, n := range exported {
 		if len(nodes) == 0 || slices.Contains(nodes, n.Node) {
 			list = append(list, Identity{Node: n.Node, Image: n.Image, Format: n.Format, Size: n.Size, Active: n.State.Active()})
