@@ -113,11 +113,14 @@ func (p *pair) judge() int {
 			p.t.Errorf("a side is %s", s)
 		}
 	}
-	if owner < 0 {
-		wantLocks(p.t, p.image, nil)
-	} else {
-		wantLocks(p.t, p.image, activeLocks)
+	var want []int
+	if owner >= 0 {
+		want = activeLocks
 	}
+	// The list is not read at once: while others lock, one may show twice.
+	waitFor(p.t, startTimeout, fmt.Sprintf("%v are the bytes locked", want), func() bool {
+		return slices.Equal(fileLocks(p.t, p.image), want)
+	})
 	return owner
 }
 
