@@ -34,10 +34,10 @@ type Identity struct {
 	Lags bool
 }
 
-// Identify looks at the image anew. Of an inactive one it tries to open it as
-// activation would, for writing, and closes it again: neither the image nor
-// its times change, and no lock is touched. It may be called at any time, and
-// blocks for as long as the storage does.
+// Identify looks at the image anew. Of an inactive one it sees whether
+// activation could open it for writing, without doing so: while it is inactive
+// this process has no descriptor that could write, not even for a moment. It
+// may be called at any time, and blocks for as long as the storage does.
 func (r *Raw) Identify() Identity {
 	v := r.cur.Load()
 	id := Identity{
@@ -64,10 +64,11 @@ func (r *Raw) Identify() Identity {
 	return id
 }
 
-// tryOpen opens the image as Acquire does, and returns its size, or that given
-// if it cannot be had.
+// tryOpen opens the image as Acquire does, but for reading, and asks whether
+// it could be written. It returns the image's size, or that given if it cannot
+// be had.
 func (r *Raw) tryOpen(size int64) (int64, error) {
-	f, err := openFile(r.opts.Path, r.how(!r.opts.ReadOnly))
+	f, err := openFile(r.opts.Path, r.how(false))
 	if isErrno(err, unix.ENOENT) {
 		return size, r.removed()
 	}
@@ -80,6 +81,12 @@ func (r *Raw) tryOpen(size int64) (int64, error) {
 	}
 	if !same {
 		return size, r.replaced()
+	}
+	if !r.opts.ReadOnly {
+		err := retry(func() error { return unix.Faccessat(unix.AT_FDCWD, r.opts.Path, unix.W_OK, unix.AT_EACCESS) })
+		if err != nil {
+			return size, openError(r.opts.Path, r.how(true), err)
+		}
 	}
 	return size, nil
 }

@@ -79,6 +79,25 @@ func TestIdentifyTellsWhatIsWrong(t *testing.T) {
 	}
 }
 
+// What could not be written is told without a descriptor that could write.
+func TestIdentifyOnReadOnlyFileSystem(t *testing.T) {
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skip("cannot mount: ", err)
+	}
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	a := openImage(t, Options{Path: writeFile(t, dir, make([]byte, 4096))}, nil)
+	if i := a.Identify(); i.OpenErr != nil {
+		t.Error(i.OpenErr)
+	}
+	must(t, unix.Mount("none", dir, "tmpfs", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
+	i := a.Identify()
+	wantErrno(t, i.OpenErr, unix.EROFS)
+	if !strings.Contains(i.OpenErr.Error(), "--read-only") {
+		t.Error(i.OpenErr)
+	}
+}
+
 func TestNoteOnlyByTheOwner(t *testing.T) {
 	dir := shmDir(t)
 	path := writeFile(t, dir, make([]byte, 4096))
