@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"slices"
@@ -58,7 +59,8 @@ func soakTime(t *testing.T, d time.Duration) time.Duration {
 	return d
 }
 
-func runSoak(t *testing.T, dir string, duration time.Duration, flags ...string) {
+// soakSeed is of a run's random choices.
+func soakSeed(t *testing.T) uint64 {
 	seed := rand.Uint64()
 	if s := os.Getenv("NBD_EXPORT_SEED"); s != "" {
 		var err error
@@ -67,7 +69,11 @@ func runSoak(t *testing.T, dir string, duration time.Duration, flags ...string) 
 		}
 	}
 	t.Logf("NBD_EXPORT_SEED=%d", seed)
+	return seed
+}
 
+func runSoak(t *testing.T, dir string, duration time.Duration, flags ...string) {
+	seed := soakSeed(t)
 	image := sparseImage(t, dir, soakSectors*sectorSize)
 	s := &soak{t: t, seed: seed, image: image, start: time.Now(), held: make([]uint64, soakSectors)}
 	s.sides = [2]*daemon{serve(t, image, flags...), serve(t, image, append(slices.Clone(flags), "--inactive")...)}
@@ -153,7 +159,7 @@ func (s *soak) round(d time.Duration) {
 	}
 	wantLocks(t, s.image, nil)
 	activations += s.epochs()
-	if n := alternations(slices.Concat(histories...), func(e event) int { return int(e.client) / soakWorkers }); n > activations {
+	if n := alternations(slices.Concat(histories...), func(e event) int { return int(e.Client) / soakWorkers }); n > activations {
 		t.Errorf("acknowledged writes changed sides %d times, with %d activations: there were two owners at once", n, activations)
 	} else {
 		s.alternations.Add(uint64(n))
@@ -163,7 +169,7 @@ func (s *soak) round(d time.Duration) {
 	bySector := make([][]event, soakSectors)
 	for _, h := range append(histories, s.late) {
 		for _, e := range h {
-			bySector[e.sector] = append(bySector[e.sector], e)
+			bySector[e.Sector] = append(bySector[e.Sector], e)
 		}
 	}
 	s.late = nil
@@ -176,8 +182,8 @@ func (s *soak) round(d time.Duration) {
 		judges.Go(func() {
 			for i := range next {
 				id := readSector(content[i*sectorSize:(i+1)*sectorSize], i)
-				events := append(bySector[i], event{sector: int32(i), read: true, id: id, from: at, to: at + 1, client: -1})
-				if why := checkSector(events, s.held[i]); why != "" {
+				events := append(bySector[i], event{Sector: int32(i), Kind: read, ID: id, From: at, To: at + 1, Client: -1})
+				if why := checkSector(events, s.held[i], nil); why != "" {
 					failures <- fmt.Sprintf("sector %d, which held %d: %s\n%s", i, s.held[i], why, explain(events))
 				}
 				s.held[i] = id
@@ -201,8 +207,8 @@ func (s *soak) round(d time.Duration) {
 	}
 	for _, h := range histories {
 		for _, e := range h {
-			if e.outcome == unknown {
-				e.from = at + 2
+			if e.Outcome == unknown {
+				e.From = at + 2
 				s.late = append(s.late, e)
 			}
 		}
@@ -292,7 +298,7 @@ func (c *soakConn) work(ctx context.Context, history *[]event, rnd *rand.Rand, n
 				if id == torn {
 					s.mixed.Add(1)
 				}
-				*history = append(*history, event{sector: int32(first + i), read: true, id: id, from: from, to: to, client: name})
+				*history = append(*history, event{Sector: int32(first + i), Kind: read, ID: id, From: from, To: to, Client: name})
 			}
 			s.reads.Add(1)
 		case p < 17:
@@ -304,9 +310,9 @@ func (c *soakConn) work(ctx context.Context, history *[]event, rnd *rand.Rand, n
 			for i := range count {
 				fillSector(b[i*sectorSize:(i+1)*sectorSize], first+i, id)
 			}
-			e := event{id: id, from: s.now(), client: name}
+			e := event{ID: id, From: s.now(), Client: name}
 			_, err := conn.WriteAt(b, int64(first)*sectorSize, p < 18)
-			e.to = s.now()
+			e.To = s.now()
 			if !s.expected(err, true) {
 				return
 			}
@@ -315,14 +321,15 @@ func (c *soakConn) work(ctx context.Context, history *[]event, rnd *rand.Rand, n
 			case err == nil:
 				s.acked.Add(1)
 			case errors.As(err, &no):
-				e.outcome = refused
+				e.Outcome = refused
 				s.refused.Add(1)
 			default:
-				e.outcome = unknown
+				e.Outcome = unknown
+				e.To = math.MaxInt64 // at any time from then on
 				s.unknown.Add(1)
 			}
 			for i := range count {
-				e.sector = int32(first + i)
+				e.Sector = int32(first + i)
 				*history = append(*history, e)
 			}
 			if err != nil {
