@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -202,6 +203,7 @@ type process struct {
 	log    *logBuffer
 	exited chan struct{}
 	ended  bool // the test knows that it has ended, or has made it end
+	quiet  bool // what it said is of no interest to a test that fails
 }
 
 // spawn starts a process; prepare may change the command before.
@@ -224,7 +226,7 @@ func spawn(t testing.TB, name string, prepare func(*exec.Cmd), argv ...string) *
 	t.Cleanup(func() {
 		p.cmd.Process.Kill()
 		<-p.exited
-		if t.Failed() {
+		if t.Failed() && !p.quiet {
 			t.Logf("%s (pid %d, %v) said:\n%s", p.name, p.pid, p.cmd.ProcessState, p.log)
 		}
 	})
@@ -563,7 +565,7 @@ func holds(t testing.TB, pid int, path string, writableOnly bool) []string {
 	}
 	var found []string
 	fds, err := os.ReadDir(fmt.Sprintf("/proc/%d/fd", pid))
-	if err != nil {
+	if err != nil && !gone(err) {
 		t.Fatal(err)
 	}
 	for _, fd := range fds {
@@ -589,7 +591,11 @@ func holds(t testing.TB, pid int, path string, writableOnly bool) []string {
 		}
 	}
 	id := identify(t, path)
-	for line := range strings.Lines(string(readFile(t, fmt.Sprintf("/proc/%d/maps", pid)))) {
+	maps, err := os.ReadFile(fmt.Sprintf("/proc/%d/maps", pid))
+	if err != nil && !gone(err) {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(maps)) {
 		f := strings.Fields(line)
 		if len(f) < 5 || f[3] != id.dev || f[4] != strconv.FormatUint(id.inode, 10) {
 			continue
@@ -602,6 +608,11 @@ func holds(t testing.TB, pid int, path string, writableOnly bool) []string {
 		}
 	}
 	return found
+}
+
+// gone tells whether /proc gave an error because the process has ended.
+func gone(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ESRCH)
 }
 
 // daemon is a running "nbd-export serve".
@@ -634,7 +645,13 @@ func servePrepared(t testing.TB, image string, prepare func(*exec.Cmd), flags ..
 // newDaemon starts an exporter without waiting for it.
 func newDaemon(t testing.TB, image string, prepare func(*exec.Cmd), flags ...string) *daemon {
 	t.Helper()
-	dir := shortDir(t)
+	return newDaemonIn(t, shortDir(t), image, prepare, flags...)
+}
+
+// newDaemonIn is newDaemon with the sockets and the pid file in dir, where they
+// may be left from a process that has ended.
+func newDaemonIn(t testing.TB, dir, image string, prepare func(*exec.Cmd), flags ...string) *daemon {
+	t.Helper()
 	e := &daemon{
 		image: image, socket: filepath.Join(dir, "nbd"),
 		control: filepath.Join(dir, "ctl"), pidFile: filepath.Join(dir, "pid"),
@@ -676,9 +693,15 @@ func waitReady(p *process, pidFile string) {
 			p.ended = true
 			p.t.Fatalf("%s ended at start: %v\n%s", p.name, p.cmd.ProcessState, p.log)
 		}
-		b, err := os.ReadFile(pidFile)
-		return err == nil && len(b) > 0 && b[len(b)-1] == '\n'
+		return saysReady(p, pidFile)
 	})
+}
+
+// saysReady tells whether the pid file is there, and not left from another
+// process.
+func saysReady(p *process, pidFile string) bool {
+	b, err := os.ReadFile(pidFile)
+	return err == nil && string(b) == strconv.Itoa(p.pid)+"\n"
 }
 
 func (e *daemon) uri() string { return nbdURI(e.name, e.socket) }
@@ -749,19 +772,66 @@ func dialQMP(t testing.TB, path string) *qmpConn {
 	return &qmpConn{Conn: c, t: t, dec: json.NewDecoder(c)}
 }
 
-// next returns the next message that is no event.
-func (q *qmpConn) next() qmpReply {
-	q.t.Helper()
+// openQMP is for processes that may die at any time: nothing fails the test.
+// Only try and Close may be called.
+func openQMP(path string) (*qmpConn, error) {
+	c, err := net.Dial("unix", path)
+	if err != nil {
+		return nil, err
+	}
+	q := &qmpConn{Conn: c, dec: json.NewDecoder(c)}
+	if _, err = q.tryNext(); err == nil {
+		_, err = q.try("qmp_capabilities", nil)
+	}
+	if err != nil {
+		c.Close()
+		return nil, err
+	}
+	return q, nil
+}
+
+// try sends a command and waits for its reply; an error of the command is a
+// *qmpError, others are of the connection.
+func (q *qmpConn) try(cmd string, args any) (json.RawMessage, error) {
+	m := map[string]any{"execute": cmd}
+	if args != nil {
+		m["arguments"] = args
+	}
+	b, err := json.Marshal(m)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := q.Write(append(b, '\n')); err != nil {
+		return nil, err
+	}
+	r, err := q.tryNext()
+	switch {
+	case err != nil:
+		return nil, err
+	case r.Err != nil:
+		return nil, r.Err
+	}
+	return r.Return, nil
+}
+
+func (q *qmpConn) tryNext() (qmpReply, error) {
 	for {
 		var r qmpReply
 		q.SetReadDeadline(time.Now().Add(startTimeout))
-		if err := q.dec.Decode(&r); err != nil {
-			q.t.Fatalf("control socket: %v", err)
-		}
-		if r.Event == "" {
-			return r
+		if err := q.dec.Decode(&r); err != nil || r.Event == "" {
+			return r, err
 		}
 	}
+}
+
+// next returns the next message that is no event.
+func (q *qmpConn) next() qmpReply {
+	q.t.Helper()
+	r, err := q.tryNext()
+	if err != nil {
+		q.t.Fatalf("control socket: %v", err)
+	}
+	return r
 }
 
 func (q *qmpConn) greeting() qmpReply {
@@ -783,20 +853,12 @@ func (q *qmpConn) send(text string) {
 // execute sends a command and waits for its reply.
 func (q *qmpConn) execute(cmd string, args any) (json.RawMessage, error) {
 	q.t.Helper()
-	m := map[string]any{"execute": cmd}
-	if args != nil {
-		m["arguments"] = args
+	ret, err := q.try(cmd, args)
+	var no *qmpError
+	if err != nil && !errors.As(err, &no) {
+		q.t.Fatalf("control socket: %v", err)
 	}
-	b, err := json.Marshal(m)
-	if err != nil {
-		q.t.Fatal(err)
-	}
-	q.send(string(b) + "\n")
-	r := q.next()
-	if r.Err != nil {
-		return nil, r.Err
-	}
-	return r.Return, nil
+	return ret, err
 }
 
 // must is execute for a command that has to succeed.

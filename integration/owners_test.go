@@ -78,6 +78,9 @@ type recording struct {
 	Lives  []lifetime
 	Left   []dirtyOwner // who did not let go in order
 	Events []event
+	// Granted are orders by which Via, so it was said, was active between From and
+	// To.
+	Granted []event
 }
 
 // dirtyOwner is an owner that the next one, or the owner record, told of.
@@ -200,6 +203,11 @@ func (r *recording) judge() []string {
 		}
 		if i+1 < len(owners) && o.Via == somebody {
 			wrong = append(wrong, unlessKilled(r.Lives, o)...)
+		}
+	}
+	for _, g := range r.Granted {
+		if !overlaps(owners, g) {
+			wrong = append(wrong, fmt.Sprintf("process %d is said to have become active at %v..%v, but was not the owner then", g.Via, time.Duration(g.From), time.Duration(g.To)))
 		}
 	}
 	bySector := make([][]event, len(r.First))
