@@ -139,7 +139,7 @@ func TestBatchPaced(t *testing.T) {
 	if err := b.Run(t.Context(), p, time.Time{}, true); err != nil {
 		t.Fatal(err)
 	}
-	if took := time.Since(begin); took < 198*time.Millisecond || took > 2*time.Second {
+	if took := time.Since(begin); took < 198*time.Millisecond || took > 20*time.Second {
 		t.Error(took)
 	}
 	var sum time.Duration

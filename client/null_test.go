@@ -44,7 +44,7 @@ func startNullServer(t testing.TB) (uri string) {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
-	for range 500 {
+	for range 3000 {
 		if nc, err := net.Dial("unix", path); err == nil {
 			_ = nc.Close()
 			return UnixURI(path, "")
