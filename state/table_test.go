@@ -92,6 +92,9 @@ func TestTable(t *testing.T) {
 			t.Errorf("%s, %s: does not move, but names %s", s, e, c.next)
 		}
 		check(t, p.state+", "+p.event, got, p.outcome)
+		want := fmt.Sprint(c.next, p.outcome != "!" && p.outcome != "no")
+		next, ok := After(s, e)
+		check(t, "after "+p.state+", "+p.event, fmt.Sprint(next, ok), want)
 
 		if c.kind != moves { // the one mutator must not be talked into it
 			func() {

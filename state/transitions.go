@@ -180,3 +180,11 @@ func Diagram() string {
 	b.WriteString("    closed --> [*]\n")
 	return b.String()
 }
+
+// After is what e leads to from s. ok is false if s refuses e (an order), or if
+// e cannot happen there. An order that changes nothing, or joins the transition
+// under way, leads from s to s.
+func After(s State, e Event) (next State, ok bool) {
+	c := table[s][e]
+	return c.next, c.kind == moves || c.kind == stays || c.kind == joins
+}
