@@ -1,5 +1,6 @@
 # make demo    runs the main job: two exporters, one image, ownership handed over
 # make test    everything a change has to pass; installs what it needs by apt
+# make model   every interleaving of the handover, the large searches too
 # make bench   figures beside qemu-nbd and nbdkit, for docs/BENCHMARKS.md
 
 GO          ?= go
@@ -18,7 +19,7 @@ export NBD_EXPORT_HOOKED := $(CURDIR)/$(HOOKED)
 FUZZTIME ?= 5s
 SOAK     ?= 5m
 
-.PHONY: all build hooked demo test peers lint cross unit race fuzz integration soak bench bench-quick clean
+.PHONY: all build hooked demo test peers lint cross unit race fuzz integration soak model bench bench-quick clean
 
 all: build
 
@@ -80,6 +81,10 @@ soak: peers build hooked
 	NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -timeout 3h ./...
 	cd integration && NBD_EXPORT_SOAK=$(SOAK) $(GO) test -count=1 -p 1 -timeout 3h ./...
 	$(MAKE) fuzz FUZZTIME=$(SOAK)
+
+# A minute, and 2 GB of memory; "go test" makes the small searches alone.
+model:
+	NBD_EXPORT_MODEL=full $(GO) test -count=1 -timeout 1h -v ./control/model
 
 # Half an hour in which the machine should do nothing else. BENCHFLAGS=-list and
 # the like are for bench/compare.
