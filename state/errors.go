@@ -15,6 +15,20 @@ var (
 	ErrStopping = errors.New("server is shutting down")
 )
 
+// HeldError refuses a write that was, or would have been, held while the image
+// was inactive. It is an ErrInactive.
+type HeldError struct{ Why string }
+
+func (e *HeldError) Error() string { return ErrInactive.Error() + ": " + e.Why }
+
+func (e *HeldError) Unwrap() error { return ErrInactive }
+
+var (
+	// ErrLost and ErrLate refuse a write with the verdict of that name.
+	ErrLost = &HeldError{"the server has owned the image and given it away since this write came"}
+	ErrLate = &HeldError{"this connection wrote when the server owned the image before, so its writes do not take the image back; connect anew, or serve with --takeover-back"}
+)
+
 // FailedError refuses a request on an image that has lost its footing.
 type FailedError struct {
 	State State // FailedIO or FailedFenced

@@ -535,7 +535,7 @@ func (r *rig) gates() string {
 }
 
 // ask writes a gate's answers to Mutate, Query and Flush as letters: Admitted,
-// Wait, Nothing, Refused.
+// Wait, Nothing, Refused, Hold.
 func ask(l *Lane) string {
 	var s string
 	for _, c := range []Class{Mutate, Query, Flush} {
@@ -543,7 +543,7 @@ func ask(l *Lane) string {
 		if v == Admitted {
 			l.Leave()
 		}
-		s += string("AWNR"[v])
+		s += string("AWNRH"[v])
 	}
 	return s
 }

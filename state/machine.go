@@ -12,6 +12,16 @@ type Options struct {
 	// ReadOnly is for an image this process never writes: while it is active
 	// write-class requests are refused with ErrReadOnly.
 	ReadOnly bool
+	// Hold is how long writes that find the image inactive are kept for the
+	// case that it becomes active; 0: they are refused at once. It is nothing
+	// for a ReadOnly image.
+	Hold time.Duration
+	// Wanted is called, without locks, whenever a write begins to be held. It
+	// must not block, nor give orders itself. It may be nil.
+	Wanted func()
+	// RefuseLate refuses a write, rather than hold it, on a connection that
+	// has written during an earlier ownership of this process.
+	RefuseLate bool
 	// Observe is called once for each completed transition, without locks,
 	// by the goroutine that made it. It may be nil. Neither it nor Step may
 	// give orders.
@@ -99,6 +109,7 @@ func NewMachine(img Image, opt Options) *Machine {
 	}
 	m := &Machine{img: img, name: img.Name(), gate: newGate(), opt: opt}
 	m.mu.since = time.Now()
+	m.setGateLocked() // nobody else has it yet
 	return m
 }
 
@@ -208,6 +219,9 @@ func (m *Machine) applyLocked(ev Event, err error) (t Transition, wake []func())
 		panic("state: " + ev.String() + " cannot happen while " + from.String())
 	}
 	m.mu.state, m.mu.since = c.next, time.Now()
+	if c.next == FailedFenced || (c.next == Inactive && from != Activating) {
+		m.gate.lose()
+	}
 	switch ev {
 	case Published:
 		m.mu.epoch = m.claimed
@@ -239,6 +253,9 @@ func (m *Machine) setGateLocked() (wake []func()) {
 	switch m.mu.state {
 	case Inactive:
 		md, refusal = modeInactive, ErrInactive
+		if m.opt.Hold > 0 && !m.opt.ReadOnly {
+			md = modeHolding
+		}
 	case Active, Inactivating:
 		switch {
 		case m.mu.state == Inactivating && m.mu.step.gateClosed():
