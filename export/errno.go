@@ -95,7 +95,11 @@ func wireText(err error) string {
 	case err == nil:
 		return ""
 	case errors.Is(err, state.ErrInactive):
-		return state.ErrInactive.Error() // exactly, whatever wraps it: clients match on it
+		// Exactly, whatever wraps it: clients match on it. That a write was
+		// held is worth more words.
+		if _, held := errors.AsType[*state.HeldError](err); !held {
+			return state.ErrInactive.Error()
+		}
 	}
 	return clean(err.Error(), wire.MaxString)
 }

@@ -43,6 +43,10 @@ const (
 	// holds nothing else. It gets no more than an eighth of what is left, so
 	// that many larger ones never keep out the smaller.
 	reserve
+	// forHeld: what was taken for writes that then have to be held until the
+	// image is active. It leaves so much less for general, and is a quarter of
+	// the budget at most, so that reads always go on.
+	forHeld
 
 	purposes
 )
@@ -77,6 +81,7 @@ func newBudget(limit int64) *budget {
 	b := &budget{share: max(limit/4, bufferCost(maxClass))}
 	b.most[reserve] = limit / 8
 	b.most[general] = limit - b.most[reserve]
+	b.most[forHeld] = limit / 4
 	return b
 }
 
@@ -86,7 +91,7 @@ func (b *budget) takeLocked(w want, first bool) (lease, bool) {
 	l := lease{w.n, general}
 	switch {
 	// One request alone always fits, however small the budget.
-	case first && (b.used[floor]+b.used[general]+w.n <= b.most[general] || b.used[general] == 0):
+	case first && (b.used[floor]+b.used[forHeld]+b.used[general]+w.n <= b.most[general] || b.used[general] == 0):
 	case w.small && w.held.Load() == 0 && w.n <= (b.most[reserve]-b.used[reserve])/8:
 		l.of = reserve
 	default:
@@ -138,7 +143,7 @@ func (b *budget) takeFloor(n int64) {
 func (b *budget) tryFloor(n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.waiters) > 0 || b.used[floor]+b.used[general]+n > b.most[general] {
+	if len(b.waiters) > 0 || b.used[floor]+b.used[forHeld]+b.used[general]+n > b.most[general] {
 		return false
 	}
 	b.used[floor] += n
@@ -153,6 +158,21 @@ func (b *budget) release(l lease) {
 		b.grantLocked()
 	}
 	b.mu.Unlock()
+}
+
+// hold turns a lease into one of forHeld. If there is no room for that the
+// lease stays as it is. most is what there is for all that is held, in bytes.
+func (b *budget) hold(l *lease) (most int64, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.used[forHeld]+l.n > b.most[forHeld] {
+		return b.most[forHeld], false
+	}
+	b.used[l.of] -= l.n
+	l.of = forHeld
+	b.used[forHeld] += l.n
+	b.grantLocked()
+	return b.most[forHeld], true
 }
 
 // grantLocked serves waiters in order. One that does not fit keeps later ones
@@ -192,5 +212,5 @@ func (b *budget) wantedBytes() (n int64) {
 func (b *budget) inUse() int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.used[floor] + b.used[general] + b.used[reserve]
+	return b.used[floor] + b.used[general] + b.used[reserve] + b.used[forHeld]
 }

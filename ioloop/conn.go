@@ -92,6 +92,7 @@ type conn struct {
 	reply  *buffer // nil while there is nothing in it
 	filled int     // bytes in reply.raw
 	req    Request
+	since  state.Arrival // of req, from admit
 	plan   backend.Plan
 	batch  batch
 
@@ -103,12 +104,16 @@ type conn struct {
 	// tasks counts those queued, running and parked.
 	tasks atomic.Int64
 
-	// mu is a leaf.
+	// mu comes before the budget's, and is a leaf otherwise.
 	mu struct {
 		sync.Mutex
 		first, last *task // of tasks, oldest first, until their I/O has ended
 		parked      []*task
-		dead        bool          // nobody is left to answer; parked tasks are dropped
+		held        []*task       // see hold.go
+		releasing   bool          // a task that was held is on its way
+		expiry      *time.Timer   // of held; nil before the first
+		leaving     bool          // the client has said so; held tasks are dropped
+		dead        bool          // nobody is left to answer; parked and held tasks are dropped
 		idle        chan struct{} // closed when tasks is 0, for who waits
 	}
 }
@@ -155,6 +160,9 @@ func (c *conn) serve() error {
 // everything back.
 func (c *conn) close(cause error) {
 	c.flush()
+	if cause == errDisconnect {
+		c.dropHeld() // it may take long, and the client does not wait for it
+	}
 	if cause == errDisconnect || cause == errShutdown {
 		select {
 		case <-c.tasksDone():
@@ -210,16 +218,34 @@ func (c *conn) finish(ctx context.Context) {
 	}
 }
 
-// drop forgets parked tasks and lets no more be parked.
+// drop forgets parked and held tasks and lets no more be kept.
 func (c *conn) drop() {
 	c.mu.Lock()
 	c.mu.dead = true
-	parked := c.mu.parked
+	parked := append(c.takeHeldLocked(len(c.mu.held)), c.mu.parked...)
 	c.mu.parked = nil
 	c.mu.Unlock()
 	for _, t := range parked {
 		t.forget()
 	}
+}
+
+// dropHeld forgets held tasks and lets no more be held.
+func (c *conn) dropHeld() {
+	c.mu.Lock()
+	c.mu.leaving = true
+	held := c.takeHeldLocked(len(c.mu.held))
+	c.mu.Unlock()
+	for _, t := range held {
+		t.forget()
+	}
+}
+
+// holdsNone reports whether what was held is to be dropped.
+func (c *conn) holdsNone() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.dead || c.mu.leaving
 }
 
 // tasksDone is closed when no task is left; more may start later.

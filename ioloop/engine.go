@@ -85,6 +85,7 @@ func NewDisk(img backend.Image, m *state.Machine) *Disk {
 // them once for each batch, not for each request.
 type counts struct {
 	connections, inFlight         atomic.Int64
+	held, heldBytes               atomic.Int64
 	reads, writes, flushes, other atomic.Uint64
 	bytesRead, bytesWritten       atomic.Uint64
 	refused, errors               atomic.Uint64
@@ -93,7 +94,9 @@ type counts struct {
 // Stats of a Disk since it was made.
 type Stats struct {
 	Connections  int64  `json:"connections"`
-	InFlight     int64  `json:"in-flight"` // requests with a worker, or parked
+	InFlight     int64  `json:"in-flight"`  // requests with a worker, or parked
+	Held         int64  `json:"held"`       // of these, writes held until the image is active
+	HeldBytes    int64  `json:"held-bytes"` // their payloads
 	Reads        uint64 `json:"reads"`
 	Writes       uint64 `json:"writes"`
 	Flushes      uint64 `json:"flushes"`
@@ -109,6 +112,7 @@ func (d *Disk) Stats() Stats {
 	c := &d.counts
 	return Stats{
 		Connections: c.connections.Load(), InFlight: c.inFlight.Load(),
+		Held: c.held.Load(), HeldBytes: c.heldBytes.Load(),
 		Reads: c.reads.Load(), Writes: c.writes.Load(), Flushes: c.flushes.Load(), Others: c.other.Load(),
 		BytesRead: c.bytesRead.Load(), BytesWritten: c.bytesWritten.Load(),
 		Refused: c.refused.Load(), Errors: c.errors.Load(),

@@ -155,7 +155,11 @@ func (c *conn) write(r *Request, payload []byte) error {
 		return errGone
 	}
 	copy(t.buf.payload(r.Length), payload)
-	c.start(t)
+	if admitted {
+		c.start(t)
+	} else {
+		c.wait(t)
+	}
 	return nil
 }
 
@@ -177,8 +181,17 @@ func (c *conn) writeLarge(r *Request, t *task) {
 			return
 		}
 	}
+	c.goOn(t, admitted)
+}
+
+// goOn has a worker execute t, or keeps it until the gate lets it in.
+func (c *conn) goOn(t *task, admitted bool) {
 	t.admitted = admitted
-	c.start(t)
+	if admitted {
+		c.start(t)
+	} else {
+		c.wait(t)
+	}
 }
 
 func (c *conn) answerWrite(r *Request, err error) {
@@ -192,20 +205,21 @@ func (c *conn) answerWrite(r *Request, err error) {
 }
 
 // admit asks the gate for a request. done means that err, or success, is its
-// answer. Neither admitted nor done: the gate holds; the task will ask.
+// answer. Neither admitted nor done: it has to wait; the task will ask.
 func (c *conn) admit(r *Request) (admitted, done bool, err error) {
 	if r.Length == 0 && r.Op != OpFlush {
 		return false, true, nil
 	}
-	switch c.lane.Enter(classOp(r.Op)) {
+	var v state.Verdict
+	switch v, c.since = c.lane.EnterAgain(classOp(r.Op), 0); v {
 	case state.Admitted:
 		return true, false, nil
 	case state.Nothing:
 		return false, true, nil
-	case state.Refused:
-		return false, true, c.lane.Refusal()
+	case state.Wait, state.Hold:
+		return false, false, nil
 	}
-	return false, false, nil
+	return false, true, c.refusal(v)
 }
 
 func (c *conn) answer(r *Request, err error) {
@@ -270,8 +284,7 @@ func (c *conn) dispatch(r *Request) error {
 		c.answer(r, err)
 		return nil
 	}
-	t.admitted = admitted
-	c.start(t)
+	c.goOn(t, admitted)
 	return nil
 }
 

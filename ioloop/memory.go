@@ -51,7 +51,9 @@ func (c *conn) onRest() (released bool) {
 
 // discharge gives memory back that was counted in held.
 func (c *conn) discharge(l lease) {
-	c.held.Add(-l.n)
+	if l.of != forHeld {
+		c.held.Add(-l.n)
+	}
 	if l.of == floor {
 		c.unsent.Add(-1)
 	}

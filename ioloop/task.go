@@ -20,7 +20,10 @@ type task struct {
 	lease    lease   // of the budget, until the reply is sent
 	admitted bool    // holds an admission of the lane
 	began    time.Time
-	heads    []byte // reply headers
+	since    state.Arrival // when it first asked the gate
+	chained  bool          // was held; when it has ended the next one may go
+	holds    bool          // in conn.mu.held; guarded by conn.mu
+	heads    []byte        // reply headers
 	segs     []segment
 	status   []backend.Status
 
@@ -108,7 +111,13 @@ func keep[E any](s []E) []E {
 
 // start hands t to a worker. It never waits.
 func (c *conn) start(t *task) {
-	t.began = time.Now()
+	c.list(t)
+	c.e.sched.submit(t)
+}
+
+// list counts t in.
+func (c *conn) list(t *task) {
+	t.began, t.since = time.Now(), c.since
 	c.tasks.Add(1)
 	c.mu.Lock()
 	t.older, t.newer = c.mu.last, nil
@@ -120,7 +129,6 @@ func (c *conn) start(t *task) {
 	c.mu.last = t
 	c.mu.Unlock()
 	c.disk.counts.inFlight.Add(1)
-	c.e.sched.submit(t)
 }
 
 // unlink takes t off the connection's list: its I/O has ended.
@@ -167,14 +175,17 @@ func (c *conn) oldest() (string, time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t := c.mu.first
+	for t != nil && t.holds {
+		t = t.newer
+	}
 	if t == nil {
 		return "", time.Time{}
 	}
 	return fmt.Sprintf("%s of %d bytes at %d from %s", t.req.Op, t.req.Length, t.req.Offset, c.name), t.began
 }
 
-// park keeps t until the gate opens, if it still holds; otherwise the answer
-// is false. If the connection is dead it forgets t.
+// park keeps t until the gate opens, if it still has to wait; otherwise the
+// answer is false. If the connection is dead, or t cannot be held, t ends.
 func (t *task) park() bool {
 	c := t.conn
 	c.mu.Lock()
@@ -183,59 +194,104 @@ func (t *task) park() bool {
 		t.forget()
 		return true
 	}
-	defer c.mu.Unlock()
 	// The gate may have opened since its verdict. If not, it will call reopen,
 	// which waits for mu: until then the task cannot end, nor the lane close.
-	switch c.lane.Enter(classOp(t.req.Op)) {
-	case state.Admitted:
-		t.admitted = true
-		return false
-	case state.Wait:
-		c.mu.parked = append(c.mu.parked, t)
+	v, _ := c.lane.EnterAgain(classOp(t.req.Op), t.since)
+	var err error
+	switch {
+	case v == state.Hold && c.mu.leaving:
+		c.mu.Unlock()
+		t.forget()
 		return true
+	case v == state.Hold || v == state.Wait && t.chained:
+		err = c.holdLocked(t)
+	case v == state.Wait:
+		c.mu.parked = append(c.mu.parked, t)
+	default:
+		t.admitted = v == state.Admitted
+		c.mu.Unlock()
+		return false
 	}
-	return false
+	c.mu.Unlock()
+	switch {
+	case err != nil:
+		t.conclude(err)
+	case v == state.Hold:
+		c.lane.Want()
+	}
+	return true
 }
 
-// reopen gives parked tasks to workers, which ask the gate again.
+// reopen gives parked tasks, and the first of those held, to workers, which ask
+// the gate again.
 func (c *conn) reopen() {
 	c.mu.Lock()
-	parked := c.mu.parked
+	ready := c.mu.parked
 	c.mu.parked = nil
+	if !c.mu.releasing {
+		if t := c.releaseLocked(); t != nil {
+			ready = append(ready, t)
+		}
+	}
 	c.mu.Unlock()
-	for _, t := range parked {
+	for _, t := range ready {
 		c.e.sched.submit(t)
 	}
 }
 
 // run executes the task on a worker.
 func (t *task) run() {
+	c, chained := t.conn, t.chained
+	if t.try() && chained {
+		c.releaseNext()
+	}
+}
+
+// try reports whether the task has ended, or will without this worker; it may
+// have been parked again.
+func (t *task) try() (ended bool) {
 	c := t.conn
 	if t.req.Op == OpRead {
 		t.conclude(t.fetch(false))
-		return
+		return true
+	}
+	if t.chained && c.holdsNone() {
+		t.forget()
+		return true
 	}
 	for !t.admitted {
-		switch c.lane.Enter(classOp(t.req.Op)) {
+		switch v, _ := c.lane.EnterAgain(classOp(t.req.Op), t.since); v {
 		case state.Admitted:
 			t.admitted = true
-		case state.Wait:
+		case state.Wait, state.Hold:
 			if t.park() {
-				return
+				return false
 			}
 		case state.Nothing:
 			t.conclude(nil)
-			return
+			return true
 		default:
-			t.conclude(c.lane.Refusal())
-			return
+			t.conclude(c.refusal(v))
+			return true
 		}
 	}
 	if t.req.Op == OpFlush {
 		c.disk.flushes.run(t, c.disk.Image)
-		return
+		return true
 	}
 	t.leave(t.perform())
+	return true
+}
+
+// refusal is the error of a request that the gate does not let in.
+func (c *conn) refusal(v state.Verdict) error {
+	switch v {
+	case state.Lost:
+		return state.ErrLost
+	case state.Late:
+		return state.ErrLate
+	}
+	return c.lane.Refusal()
 }
 
 // leave ends the admission and answers.
