@@ -52,6 +52,15 @@ func init() {
 		{name: "quit", run: (*session).quit, last: true},
 		{name: "x-query-status", run: (*session).queryStatus},
 		{name: "x-identify", params: []param{nodes, {name: "nonce", kind: text}}, run: (*session).identify},
+		{
+			name: "x-takeover",
+			params: []param{
+				{name: "node-name", kind: text, required: true},
+				{name: "host", kind: text, required: true},
+				{name: "pid", kind: integer, required: true},
+			},
+			run: (*session).takeover,
+		},
 		{name: "x-cancel", params: []param{node, nodes, {name: "order", kind: text}}, run: (*session).cancel},
 	}
 }

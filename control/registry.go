@@ -28,6 +28,9 @@ type Target struct {
 	Stats  func() ioloop.Stats
 	Locks  func() Locks
 	Record func() Record
+	// Takeover is how peers get the image, and how it is got from them; nil
+	// if peers get it at once and nothing is taken.
+	Takeover *Takeover
 }
 
 // Export is the NBD side of a Target.

@@ -32,8 +32,14 @@ func Stop(r *Registry, front Front, log *zap.Logger) error {
 }
 
 func stop(r *Registry, front Front, log *zap.Logger, replies time.Duration) error {
-	ms := machines(r.stop())
+	ts := r.stop()
+	ms := machines(ts)
 	log.Info("stopping")
+	for _, t := range ts {
+		if t.Takeover != nil {
+			t.Takeover.Close()
+		}
+	}
 	state.Refuse(ms...)
 	front.Refuse()
 	err := state.Stop(ms...) // clients that ask meanwhile are told that the server stops

@@ -122,6 +122,10 @@ func (m *Machine) Lane(reopen func(), oldest func() (what string, since time.Tim
 	return m.gate.join(m, reopen, oldest)
 }
 
+// HoldFor is how long writes are held while the image is inactive, 0 if they
+// are refused.
+func (m *Machine) HoldFor() time.Duration { return m.opt.Hold }
+
 // Status never waits for a transition.
 func (m *Machine) Status() Status {
 	m.mu.Lock()

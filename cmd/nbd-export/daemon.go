@@ -33,6 +33,7 @@ type imageOptions struct {
 	backend.Options
 	name, description string
 	inactive          bool // serve without ownership
+	demand            demandOptions
 }
 
 // serve runs a process that serves images until it is stopped.
@@ -135,7 +136,11 @@ func (d *daemon) add(opt imageOptions) error {
 		return err
 	}
 	index := len(d.registry.Targets())
-	observe := control.Observe(state.Options{ReadOnly: opt.ReadOnly}, d.log)
+	takeover := opt.demand.takeover(d)
+	observe := control.Observe(state.Options{
+		ReadOnly: opt.ReadOnly, Hold: opt.demand.inactive.hold, Wanted: takeover.Want,
+		RefuseLate: len(opt.demand.peers) > 0 && !opt.demand.back,
+	}, d.log)
 	line := observe.Observe
 	observe.Observe = func(t state.Transition) {
 		// A start that fails is told by the process's last words alone.
@@ -160,6 +165,7 @@ func (d *daemon) add(opt imageOptions) error {
 	if st, err := os.Stat(opt.Path); err == nil {
 		target.Device = st.Mode()&os.ModeDevice != 0
 	}
+	takeover.Serve(&d.registry, target)
 	if err := d.registry.Add(target); err != nil {
 		return errors.Join(err, img.Close())
 	}

@@ -54,6 +54,10 @@ last write or flush failed.`,
   nbd-export serve -f raw -k /run/b.sock --control /run/b.ctl --inactive disk.img
   nbd-export inactivate --control /run/a.ctl && nbd-export activate --control /run/b.ctl
 
+  # two exporters between which the disk goes by itself, to whose client writes
+  nbd-export serve -f raw -k /run/a.sock --control /run/a.ctl --takeover /run/b.ctl disk.img
+  nbd-export serve -f raw -k /run/b.sock --control /run/b.ctl --takeover /run/a.ctl --inactive disk.img
+
   # on the network, under a name, read-only
   nbd-export serve -f raw -r -b 0.0.0.0 -x disk disk.img`,
 		Args: oneArg("IMAGE"),
@@ -83,6 +87,9 @@ last write or flush failed.`,
 				host := strings.TrimSuffix(strings.TrimPrefix(bind, "["), "]") // as in a URI
 				d.tcp = net.JoinHostPort(host, strconv.Itoa(port))
 			}
+			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
+				return usageError{fmt.Errorf("serve: %w", err)}
+			}
 			d.memory = int64(memory)
 			i.Path, i.Format = args[0], format.value
 			i.Cache, i.Locking = backend.CacheMode(cache.value), backend.LockingMode(locking.value)
@@ -103,6 +110,7 @@ last write or flush failed.`,
 	format.addTo(cmd, "format", "f", "`FMT` of the image")
 	f.BoolVarP(&i.ReadOnly, "read-only", "r", false, "never write to the image")
 	f.BoolVar(&i.inactive, "inactive", false, "start without ownership: any number of exporters may")
+	i.demand.addTo(cmd)
 	f.StringVar(&d.control, "control", "", "control socket at `PATH`, for status, activate, inactivate and QMP tools")
 	ownerRecordFlag(cmd, &i.OwnerRecord)
 	f.StringVar(&d.pidFile, "pid-file", "", "write the process id to `PATH` once connections are accepted")

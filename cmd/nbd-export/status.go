@@ -160,6 +160,9 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		row("owner record", "%s", recordText(i.Record))
 		row("connections", "%d", i.Connections)
 		row("in flight", "%d", i.InFlight)
+		if i.Held > 0 {
+			row("held", "%s in %d writes, until the image is active", about(uint64(i.HeldBytes)), i.Held)
+		}
 		row("read", "%s in %d requests", about(i.BytesRead), i.Reads)
 		row("written", "%s in %d requests", about(i.BytesWritten), i.Writes)
 		if i.Refused+i.Errors > 0 {

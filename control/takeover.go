@@ -1,0 +1,297 @@
+package control
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/state"
+)
+
+const (
+	// backOffFirst and backOffMost bound the time between two attempts, which
+	// doubles from one to the next. Each is taken from half to one and a half
+	// times that at random, or two that race would go on doing so.
+	backOffFirst = 10 * time.Millisecond
+	backOffMost  = time.Second
+	// orderLimit is how long a peer that has been asked may take: what it has
+	// written must get to its disk.
+	orderLimit = 30 * time.Second
+)
+
+// TakeoverConfig is how an exporter gets and gives away an image without
+// anybody's order.
+type TakeoverConfig struct {
+	// Peers are the control sockets, as for Dial, of the exporters that may
+	// own the image. With none it is only given away, when a peer asks.
+	Peers []string
+	// MinHold is how long the image is kept at least once it is active,
+	// however soon a peer asks for it.
+	MinHold time.Duration
+	// Log gets a line for each image taken or given; nil means none.
+	Log *zap.Logger
+}
+
+// Takeover gets one image when a client writes to it while it is inactive, and
+// gives it to peers that ask. Cooperation makes it quick, and the locks make it
+// safe: an image is activated like by any other order. Its methods may be
+// called concurrently.
+type Takeover struct {
+	cfg    TakeoverConfig
+	ctx    context.Context // ends with Close
+	cancel context.CancelFunc
+	me     asker
+	wg     sync.WaitGroup
+
+	// Set by Serve, which comes before all but Want.
+	registry *Registry
+	target   *Target
+
+	mu      sync.Mutex // a leaf
+	closed  bool
+	phase   phase
+	again   bool // a write was held since the last attempt began
+	yielded bool // to a peer that asked, since the last attempt began
+}
+
+// phase is where a takeover stands, which decides what a racing peer is told.
+type phase uint8
+
+const (
+	idle       phase = iota
+	asking           // peers are being asked, or the next attempt is waited for
+	activating       // none has the image: it is being activated
+)
+
+// asker tells racing exporters apart; the lower one goes first.
+type asker struct {
+	Host string
+	PID  int
+}
+
+func (a asker) before(b asker) bool {
+	return cmp.Or(strings.Compare(a.Host, b.Host), cmp.Compare(a.PID, b.PID)) < 0
+}
+
+func (a asker) String() string { return fmt.Sprintf("pid %d on %s", a.PID, a.Host) }
+
+// NewTakeover makes one that has no image yet.
+func NewTakeover(cfg TakeoverConfig) *Takeover {
+	if cfg.Log == nil {
+		cfg.Log = zap.NewNop()
+	}
+	t := &Takeover{cfg: cfg, me: asker{PID: os.Getpid()}}
+	t.me.Host, _ = os.Hostname() // without a name the pid decides
+	t.ctx, t.cancel = context.WithCancel(context.Background())
+	return t
+}
+
+// Serve says which image it is for. It becomes part of target, which is to be
+// added to r.
+func (t *Takeover) Serve(r *Registry, target *Target) {
+	t.registry, t.target = r, target
+	target.Takeover = t
+}
+
+// Want is told that a client's write waits for the image: state.Options.Wanted.
+func (t *Takeover) Want() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.closed || len(t.cfg.Peers) == 0 {
+		return
+	}
+	t.again = true
+	if t.phase == idle {
+		t.phase = asking
+		t.wg.Go(t.run)
+	}
+}
+
+// Close ends a takeover under way, and waits for it. No other begins.
+func (t *Takeover) Close() {
+	t.mu.Lock()
+	t.closed = true
+	t.mu.Unlock()
+	t.cancel()
+	t.wg.Wait()
+}
+
+// run takes the image over, unless no write waits for it any more.
+func (t *Takeover) run() {
+	began, attempts, told := time.Now(), 0, ""
+	var how string
+	var err error
+	pause := backOffFirst
+	for {
+		t.begin()
+		attempts++
+		if how, err = t.attempt(); err == nil {
+			break
+		}
+		var l *laterError
+		if errors.As(err, &l) {
+			t.cfg.Log.Debug("a peer lets the image be taken over later", zap.String("image", t.name()), zap.Error(err))
+		} else if text := err.Error(); text != told && t.ctx.Err() == nil {
+			t.cfg.Log.Warn("the image cannot be taken over yet", zap.String("image", t.name()), zap.Error(err))
+			told = text
+		}
+		wait := pause/2 + rand.N(pause)
+		pause = min(2*pause, backOffMost)
+		if l != nil && l.wait > 0 {
+			wait = l.wait + rand.N(backOffFirst)
+		}
+		if !t.sleep(wait) {
+			break
+		}
+	}
+	fields := []zap.Field{
+		zap.String("image", t.name()), zap.String("reason", "a client wrote"),
+		zap.Int("attempts", attempts), zap.Duration("duration", round(time.Since(began))),
+	}
+	switch {
+	case err == nil && how != "":
+		t.cfg.Log.Info("image taken over", append(fields, zap.String("peer", how))...)
+	case err != nil && t.ctx.Err() == nil:
+		t.cfg.Log.Error("image not taken over, and no write waits for it any more", append(fields, zap.Error(err))...)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.phase = idle
+	if t.again && !t.closed { // a write came after the last attempt
+		t.phase = asking
+		t.wg.Go(t.run)
+	}
+}
+
+func (t *Takeover) begin() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.phase, t.again, t.yielded = asking, false, false
+}
+
+// sleep waits before another attempt. It reports whether there is to be one.
+func (t *Takeover) sleep(d time.Duration) bool {
+	t.mu.Lock()
+	t.phase = asking
+	t.mu.Unlock()
+	select {
+	case <-time.After(d):
+	case <-t.ctx.Done():
+		return false
+	}
+	return t.held()
+}
+
+func (t *Takeover) held() bool { return t.target.Stats == nil || t.target.Stats().Held > 0 }
+
+func (t *Takeover) name() string { return t.target.Image.Info().Path }
+
+// laterError is a peer's answer that it may be asked again.
+type laterError struct {
+	peer, why string
+	wait      time.Duration // 0: as long as usual
+}
+
+func (e *laterError) Error() string { return fmt.Sprintf("%s: not now: %s", e.peer, e.why) }
+
+// attempt has the peers give the image away, and activates it. how is what
+// they said; "" if it was active anyway.
+func (t *Takeover) attempt() (how string, err error) {
+	switch s := t.target.Machine.Status(); s.State {
+	case state.Active:
+		return "", nil
+	case state.Inactive, state.Activating:
+	default:
+		return "", fmt.Errorf("the image is %s", s.State)
+	}
+	granted := false
+	var said []string
+	for _, peer := range t.cfg.Peers {
+		what, given, err := t.ask(peer)
+		if err != nil {
+			return "", err
+		}
+		granted = granted || given
+		said = append(said, what)
+	}
+	t.mu.Lock()
+	yielded := t.yielded
+	if !yielded || granted {
+		t.phase = activating
+	}
+	t.mu.Unlock()
+	if yielded && !granted {
+		return "", &laterError{peer: "another exporter", why: "it takes the image over itself and goes first"}
+	}
+	// What a peer gave away is taken even if no write waits any more: nobody
+	// would own it otherwise.
+	if !granted && !t.held() {
+		return "", errors.New(strings.Join(said, "; "))
+	}
+	if err := t.registry.Activate(t.ctx, state.ActivateOptions{}, t.target.Node); err != nil {
+		return "", fmt.Errorf("%s; %w", strings.Join(said, "; "), err)
+	}
+	return strings.Join(said, "; "), nil
+}
+
+// ask has a peer give the image away. It reports, and says, whether the peer
+// has, or is not there to do so; the locks are the guard then. An error means
+// that it is not to be activated.
+func (t *Takeover) ask(peer string) (what string, given bool, err error) {
+	// One that does not answer must leave time to try without.
+	ctx, cancel := context.WithTimeout(t.ctx, max(t.target.Machine.HoldFor()/2, 500*time.Millisecond))
+	defer cancel()
+	c, err := Dial(ctx, peer)
+	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
+		return peer + " is gone", false, nil
+	}
+	if err != nil {
+		return t.unreachable(peer, err)
+	}
+	defer func() { _ = c.Close() }()
+	pairs, err := SameImages(ctx, t.registry, c, false, t.target.Node)
+	if err != nil {
+		return t.unreachable(peer, err)
+	}
+	ctx, cancel = context.WithTimeout(t.ctx, orderLimit)
+	defer cancel()
+	a, err := c.requestTakeover(ctx, pairs[0].B.Node, t.me)
+	switch {
+	case err != nil:
+		return "", false, fmt.Errorf("%s: %w", peer, err)
+	case !a.Granted:
+		return "", false, &laterError{peer, a.Reason, time.Duration(a.RetrySeconds * float64(time.Second))}
+	}
+	if !a.Owned {
+		return peer + " does not own it", false, nil
+	}
+	return peer + " gave it away", true, nil
+}
+
+// unreachable is the answer for a peer that may own the image and does not say.
+// Where the locks reach it they tell; elsewhere only the record can.
+func (t *Takeover) unreachable(peer string, cause error) (string, bool, error) {
+	cause = fmt.Errorf("%s does not give it away: %w", peer, cause)
+	if t.target.Locks != nil && t.target.Locks().Scope == "cluster" {
+		return cause.Error(), false, nil
+	}
+	var path string
+	if t.target.Record != nil {
+		path = t.target.Record().Path
+	}
+	seen, err := backend.Who(t.name(), path)
+	if err == nil && seen.Owner != nil && (seen.Owner.Clean || seen.Owner.Process() == backend.ProcessEnded) {
+		return cause.Error(), false, nil
+	}
+	return "", false, fmt.Errorf("%w; the locks do not reach every host, so it is not activated without the peer's word", cause)
+}
