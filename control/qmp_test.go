@@ -150,7 +150,7 @@ func TestDialogues(t *testing.T) {
 		{"quit", caps + `{"execute":"quit","id":9}` + queryV, []string{empty, `{"return": {}, "id": 9}`}},
 		{"commands", caps + `{"execute":"query-commands"}`, []string{empty, `{"return": [{"name": "qmp_capabilities"}, {"name": "query-version"}, ` +
 			`{"name": "query-commands"}, {"name": "query-block-exports"}, {"name": "query-named-block-nodes"}, {"name": "blockdev-set-active"}, ` +
-			`{"name": "quit"}, {"name": "x-query-status"}, {"name": "x-identify"}, {"name": "x-cancel"}]}`}},
+			`{"name": "quit"}, {"name": "x-query-status"}, {"name": "x-identify"}, {"name": "x-takeover"}, {"name": "x-cancel"}]}`}},
 		{"exports", caps + `{"execute":"query-block-exports"}`, []string{empty, `{"return": [` +
 			`{"node-name": "image0", "shutting-down": false, "type": "nbd", "id": "export0"}, ` +
 			`{"node-name": "image1", "shutting-down": false, "type": "nbd", "id": "export1"}]}`}},
