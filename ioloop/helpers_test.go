@@ -305,6 +305,8 @@ type rigConfig struct {
 	content  []byte
 	inactive bool
 	onStep   func(state.Step)
+	holdFor  time.Duration
+	wanted   func()
 	cache    backend.CacheMode
 }
 
@@ -332,7 +334,7 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 	}
 	must(t, err)
 	r.raw, r.img = raw, &hooked{Image: raw}
-	r.m = state.NewMachine(raw, state.Options{Step: func(_ string, s state.Step) {
+	r.m = state.NewMachine(raw, state.Options{Hold: cfg.holdFor, Wanted: cfg.wanted, Step: func(_ string, s state.Step) {
 		if cfg.onStep != nil {
 			cfg.onStep(s)
 		}
@@ -376,8 +378,8 @@ func (r *rig) teardown() {
 		r.t.Errorf("%d wait for memory", n)
 	}
 	s := r.d.Stats()
-	if s.InFlight != 0 || s.Connections != 0 {
-		r.t.Errorf("in flight %d, connections %d", s.InFlight, s.Connections)
+	if s.InFlight != 0 || s.Connections != 0 || s.Held != 0 || s.HeldBytes != 0 {
+		r.t.Errorf("left: %+v", s)
 	}
 	eventually(r.t, "the workers leave", func() bool {
 		r.e.sched.mu.Lock()
@@ -399,7 +401,7 @@ func (r *rig) checkConn(c *conn) {
 	if n, u := c.held.Load(), c.unsent.Load(); n != 0 || u != 0 {
 		r.t.Errorf("holds %d bytes, %d reply buffers", n, u)
 	}
-	if c.mu.first != nil || c.mu.last != nil || len(c.mu.parked) != 0 {
+	if c.mu.first != nil || c.mu.last != nil || len(c.mu.parked) != 0 || len(c.mu.held) != 0 {
 		r.t.Error("tasks left in the lists")
 	}
 	if c.in != nil || c.reply != nil || len(c.out.queue) != 0 || c.out.sending {
