@@ -1,0 +1,377 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/ioloop"
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// sharedImage is a fakeImage that several sides have, with a lock.
+type sharedImage struct {
+	*fakeImage
+	lock *atomic.Pointer[sharedImage]
+}
+
+var errLocked = errors.New(`Failed to get "write" lock`)
+
+func (i *sharedImage) Acquire() error {
+	if !i.lock.CompareAndSwap(nil, i) {
+		return errLocked
+	}
+	return i.fakeImage.Acquire()
+}
+
+func (i *sharedImage) Release() error {
+	i.lock.CompareAndSwap(i, nil)
+	return i.fakeImage.Release()
+}
+
+func (i *sharedImage) Withdraw() { i.lock.CompareAndSwap(i, nil) }
+
+func (i *sharedImage) Identify() backend.Identity {
+	return backend.Identity{BootID: "boot", Dev: 1, Ino: 2, Size: i.Size()}
+}
+
+func (i *sharedImage) Note(string) (bool, error) { return false, nil }
+
+// exporter is one side of a takeover.
+type exporter struct {
+	*Registry
+	target *Target
+	held   atomic.Int64
+	scope  string
+	path   string // of the control socket
+	log    *observer.ObservedLogs
+}
+
+// newExporter makes a side that has the image of all that are given this lock.
+func newExporter(t testing.TB, lock *atomic.Pointer[sharedImage], pid int, minHold time.Duration, peers ...string) *exporter {
+	t.Helper()
+	e := &exporter{Registry: &Registry{}, scope: "cluster"}
+	img := &sharedImage{&fakeImage{info: backend.Info{Path: "/srv/a.img", Format: "raw"}}, lock}
+	core, logs := observer.New(zap.DebugLevel)
+	e.log = logs
+	tk := NewTakeover(TakeoverConfig{Peers: peers, MinHold: minHold, Log: zap.New(core)})
+	tk.me = asker{"host", pid}
+	e.target = &Target{
+		Node: "image0", Image: img,
+		Machine: state.NewMachine(img, state.Options{Watch: time.Hour, Hold: 2 * time.Second, Wanted: tk.Want}),
+		Stats:   func() ioloop.Stats { return ioloop.Stats{Held: e.held.Load()} },
+		Locks:   func() Locks { return Locks{Scope: e.scope} },
+	}
+	tk.Serve(e.Registry, e.target)
+	if err := e.Add(e.target); err != nil {
+		t.Fatal(err)
+	}
+	b := &bed{Registry: e.Registry}
+	e.path = b.listen(t, Config{Log: zap.New(core)})
+	t.Cleanup(func() {
+		tk.Close()
+		_ = state.Stop(e.target.Machine)
+	})
+	return e
+}
+
+// write is a client's write that waits until the image is active; then it is
+// not held any more.
+func (e *exporter) write(t testing.TB) {
+	t.Helper()
+	lane := e.target.Machine.Lane(nil, nil)
+	defer lane.Close()
+	held := false
+	for end := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Microsecond) {
+		switch v := lane.Enter(state.Mutate); v {
+		case state.Admitted:
+			lane.Leave()
+			if held {
+				e.held.Add(-1)
+			}
+			return
+		case state.Hold:
+			if !held {
+				held = true
+				e.held.Add(1)
+				lane.Want()
+			}
+		case state.Wait:
+		default:
+			t.Errorf("verdict %d", v)
+			return
+		}
+		if time.Now().After(end) {
+			t.Error("the image was never taken over")
+			return
+		}
+	}
+}
+
+func (e *exporter) activate(t testing.TB) {
+	t.Helper()
+	if err := e.Activate(context.Background(), state.ActivateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func (e *exporter) logged(what string) []observer.LoggedEntry {
+	return e.log.FilterMessageSnippet(what).All()
+}
+
+// awaitLog waits for a line, of which all parts stand in its fields.
+func (e *exporter) awaitLog(t testing.TB, what string, parts ...string) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		for _, entry := range e.logged(what) {
+			text := ""
+			for _, f := range entry.Context {
+				text += f.Key + "=" + f.String
+				if err, ok := f.Interface.(error); ok {
+					text += err.Error()
+				}
+				text += " "
+			}
+			ok := true
+			for _, p := range parts {
+				ok = ok && strings.Contains(text, p)
+			}
+			if ok {
+				return
+			}
+		}
+	}
+	t.Fatalf("no line %q with %q in %+v", what, parts, e.log.All())
+}
+
+func TestTakeoverFromPeer(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	a := newExporter(t, &lock, 1, 0)
+	b := newExporter(t, &lock, 2, 0, "unix:"+a.path)
+	a.activate(t)
+	b.write(t)
+	b.awaitLog(t, "image taken over", "reason=a client wrote", "peer=unix:"+a.path+" gave it away")
+	a.awaitLog(t, "image given to a peer")
+	if s := a.target.Machine.Status().State; s != state.Inactive {
+		t.Errorf("the peer is %s", s)
+	}
+	// Again, from one that has nothing to give.
+	if err := b.Inactivate(context.Background(), InactivateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	b.write(t)
+	b.awaitLog(t, "image taken over", a.path+" does not own it")
+}
+
+// The image is kept for a while, however often it is asked for.
+func TestTakeoverMinHold(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	const min = 200 * time.Millisecond
+	a := newExporter(t, &lock, 1, min)
+	b := newExporter(t, &lock, 2, 0, a.path)
+	began := time.Now()
+	a.activate(t)
+	b.write(t)
+	if d := time.Since(began); d < min {
+		t.Errorf("taken over after %v", d)
+	}
+	b.awaitLog(t, "later", "it has been active for", "of at least 200ms")
+}
+
+// A takeover needs nobody's word where the peer is gone or the locks tell.
+func TestTakeoverWithoutAnswer(t *testing.T) {
+	silent := filepath.Join(t.TempDir(), "silent")
+	l, err := net.Listen("unix", silent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	nobody := filepath.Join(t.TempDir(), "nobody")
+	for name, c := range map[string]struct {
+		peer, scope string
+		taken       bool
+		log         string
+	}{
+		"gone":                       {nobody, "cluster", true, nobody + " is gone"},
+		"gone, no locks":             {nobody, "off", true, nobody + " is gone"},
+		"silent":                     {silent, "cluster", true, "accepts connections but does not greet"},
+		"silent, locks reach no one": {silent, "host-local", false, "not activated without the peer's word"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var lock atomic.Pointer[sharedImage]
+			e := newExporter(t, &lock, 1, 0, c.peer)
+			e.scope = c.scope
+			if c.taken {
+				e.write(t)
+				e.awaitLog(t, "image taken over", c.log)
+				return
+			}
+			e.held.Store(1)
+			e.target.Takeover.Want()
+			e.awaitLog(t, "the image cannot be taken over yet", c.log)
+			e.held.Store(0) // its time is over
+			e.awaitLog(t, "image not taken over", c.log)
+			if s := e.target.Machine.Status().State; s != state.Inactive {
+				t.Errorf("it is %s", s)
+			}
+		})
+	}
+}
+
+// A lock that another program holds is no reason to give up while a write
+// waits.
+func TestTakeoverWaitsForLock(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	other := &sharedImage{}
+	lock.Store(other)
+	a := newExporter(t, &lock, 1, 0)
+	b := newExporter(t, &lock, 2, 0, a.path)
+	done := make(chan struct{})
+	go func() { defer close(done); b.write(t) }()
+	b.awaitLog(t, "the image cannot be taken over yet", errLocked.Error())
+	lock.Store(nil)
+	<-done
+}
+
+// Exporters that want one image all at once get it one after the other.
+func TestTakeoverRace(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	dir := t.TempDir()
+	links := []string{filepath.Join(dir, "0"), filepath.Join(dir, "1"), filepath.Join(dir, "2")}
+	var sides []*exporter
+	for i := range links {
+		peers := append(append([]string(nil), links[:i]...), links[i+1:]...)
+		sides = append(sides, newExporter(t, &lock, i, time.Millisecond, peers...))
+	}
+	for i, e := range sides {
+		if err := os.Symlink(e.path, links[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	done := make(chan struct{})
+	for _, e := range sides {
+		go func() {
+			for range 5 {
+				e.write(t)
+			}
+			done <- struct{}{}
+		}()
+	}
+	for range sides {
+		<-done
+	}
+}
+
+// TestTakeoverRequest is what a peer is told in each state.
+func TestTakeoverRequest(t *testing.T) {
+	stay, leave := func() bool { return false }, func() bool { return true }
+	low, high := asker{"a", 9}, asker{"b", 1}
+	me := asker{"a", 10}
+	for _, c := range []struct {
+		name    string
+		state   state.State
+		phase   phase
+		by      asker
+		gone    func() bool
+		granted bool
+		owned   bool
+		retry   bool
+		err     string
+	}{
+		{"inactive", state.Inactive, idle, high, stay, true, false, false, ""},
+		{"inactive, wants it, goes first", state.Inactive, asking, high, stay, false, false, true, ""},
+		{"inactive, wants it, goes second", state.Inactive, asking, low, stay, true, false, false, ""},
+		{"inactive, about to activate", state.Inactive, activating, low, stay, false, false, false, ""},
+		{"active", state.Active, idle, high, stay, true, true, false, ""},
+		{"active, but the one who asks has left", state.Active, idle, high, leave, false, false, false, "has gone"},
+		{"failed", state.FailedIO, idle, high, stay, false, false, false, "failed(io)"},
+		{"fenced", state.FailedFenced, idle, high, stay, true, false, false, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				b := newBed(t, 1)
+				target := b.Targets()[0]
+				tk := NewTakeover(TakeoverConfig{MinHold: time.Minute})
+				defer tk.Close()
+				tk.me, tk.phase = me, c.phase
+				tk.Serve(b.Registry, target)
+				if c.state != state.Inactive {
+					if err := b.Activate(t.Context(), state.ActivateOptions{}); err != nil {
+						t.Fatal(err)
+					}
+					a, err := target.giveTo(c.by, stay)
+					if a.Granted || err != nil || a.RetrySeconds != 60 {
+						t.Errorf("at once: %+v, %v", a, err)
+					}
+					time.Sleep(time.Minute)
+				}
+				switch c.state {
+				case state.FailedIO:
+					lane := target.Machine.Lane(nil, nil)
+					lane.Fault(lost{})
+					lane.Close()
+				case state.FailedFenced:
+					target.Machine.Fence(errors.New("taken"))
+				}
+				b.want(t, c.state)
+				a, err := target.giveTo(c.by, c.gone)
+				if a.Granted != c.granted || a.Owned != c.owned || (a.RetrySeconds > 0) != c.retry || (c.err == "") != (err == nil) || (err != nil && !strings.Contains(err.Error(), c.err)) {
+					t.Errorf("%+v, %v", a, err)
+				}
+				if !a.Granted && err == nil && a.Reason == "" {
+					t.Error("no reason")
+				}
+				if tk.yielded != (c.granted && c.state == state.Inactive) {
+					t.Errorf("yielded %v", tk.yielded)
+				}
+			})
+		})
+	}
+}
+
+// An order is not carried out for a peer that has hung up: nobody would own the
+// image.
+func TestTakeoverRequestAbandoned(t *testing.T) {
+	ours, theirs := pair(t)
+	defer ours.Close()
+	s := &session{nc: theirs}
+	defer theirs.Close()
+	if s.abandoned() {
+		t.Error("taken for gone")
+	}
+	_, _ = ours.Write([]byte("there is more to come"))
+	if s.abandoned() {
+		t.Error("taken for gone with input unread")
+	}
+	_ = ours.Close()
+	if !s.abandoned() {
+		t.Error("not seen to have gone")
+	}
+}
+
+func TestTakeoverClose(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	lock.Store(&sharedImage{})
+	e := newExporter(t, &lock, 1, 0, filepath.Join(t.TempDir(), "nobody"))
+	e.held.Store(1)
+	e.target.Takeover.Want()
+	e.awaitLog(t, "the image cannot be taken over yet")
+	e.target.Takeover.Close()
+	e.target.Takeover.Want()
+	e.target.Takeover.Close()
+	if n := len(e.logged("image taken over")); n != 0 {
+		t.Errorf("%d lines", n)
+	}
+}
