@@ -348,7 +348,7 @@ func (s *soak) expected(err error, write bool) bool {
 	case err == nil:
 		return true
 	case errors.As(err, &no):
-		if write && no.Errno == syscall.EPERM && no.Text == inactiveText {
+		if write && no.Errno == syscall.EPERM && strings.HasPrefix(no.Text, inactiveText) {
 			return true
 		}
 	case errors.Is(err, client.ErrClosed):
