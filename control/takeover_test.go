@@ -341,6 +341,24 @@ func TestTakeoverRequest(t *testing.T) {
 	}
 }
 
+// A peer that leaves while writes are still served leaves the image active.
+func TestTakeoverRequestCalledOff(t *testing.T) {
+	b := newBed(t, 1)
+	if err := b.Activate(t.Context(), state.ActivateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var left atomic.Bool
+	b.images[0].syncAhead = func(ctx context.Context) error {
+		left.Store(true)
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	if a, err := b.Targets()[0].giveTo(asker{}, left.Load); a.Granted || !errors.Is(err, errAskerGone) {
+		t.Errorf("%+v, %v", a, err)
+	}
+	b.want(t, state.Active)
+}
+
 // An order is not carried out for a peer that has hung up: nobody would own the
 // image.
 func TestTakeoverRequestAbandoned(t *testing.T) {

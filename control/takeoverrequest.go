@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"syscall"
@@ -12,6 +13,11 @@ import (
 
 	"github.com/nbd-export/nbd-export/state"
 )
+
+// abandonedEvery is how often it is looked whether the peer still waits.
+const abandonedEvery = 50 * time.Millisecond
+
+var errAskerGone = errors.New("the one who asked has gone")
 
 // takeoverAnswer is what x-takeover returns.
 type takeoverAnswer struct {
@@ -83,9 +89,25 @@ func (t *Target) giveTo(by asker, abandoned func() bool) (takeoverAnswer, error)
 		}
 	}
 	if abandoned() {
-		return takeoverAnswer{}, generic("the one who asked has gone")
+		return takeoverAnswer{}, errAskerGone
 	}
-	if err := state.Inactivate(context.Background(), t.Machine); err != nil {
+	ctx, end := context.WithCancelCause(context.Background())
+	defer end(nil)
+	go func() { // as long as writes are served it can be called off
+		tick := time.NewTicker(abandonedEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case <-tick.C:
+			}
+			if abandoned() {
+				end(errAskerGone)
+			}
+		}
+	}()
+	if err := state.Inactivate(ctx, t.Machine); err != nil {
 		return takeoverAnswer{}, err
 	}
 	return takeoverAnswer{Granted: true, Owned: true}, nil
