@@ -33,6 +33,11 @@
 //     it from others, and whether this process could open it for writing. With
 //     nonce, that is written into the owner records of those it owns, for
 //     another exporter to find beside its own image.
+//   - x-takeover asks, in the name of host and pid, for an image that a client
+//     of theirs wants to write to. granted in the answer says that it is
+//     inactive here (owned, that it was active until now); if not, reason says
+//     why, and retry-seconds when to ask again. It is not carried out for a
+//     client that has hung up.
 //   - x-cancel stops an inactivation, of one image or of all, as long as
 //     writes are still served; the image stays active. With order it takes
 //     back the blockdev-set-active whose x-order that is: one that has not

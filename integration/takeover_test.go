@@ -293,3 +293,17 @@ func TestTakeoverAndStop(t *testing.T) {
 	}
 	wantStatus(t, owner, "active", 1)
 }
+
+// The peer may be behind a command.
+func TestTakeoverThroughCommand(t *testing.T) {
+	t.Parallel()
+	image := randomImage(t, tmpfsDir(t), 1, mib)
+	owner := serve(t, image, "--takeover-min-hold", "0s")
+	wantServes(t, dialRaw(t, owner.socket, ""), 0, 2)
+	peer := "exec:" + program(t) + " control-stdio " + owner.control
+	e := serve(t, image, "--inactive", "--inactive-writes", "hold=5m", "--takeover", peer)
+	wantServes(t, dialRaw(t, e.socket, ""), 4096, 3)
+	e.waitTaken(0, "gave it away")
+	wantStatus(t, owner, "inactive", 1)
+	wantStatus(t, e, "active", 2)
+}

@@ -44,6 +44,10 @@ owns it stands in IMAGE.owner, beside the image (see who).
 Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809. The pid
 file is written when connections are accepted and the control socket is ready.
 
+While inactive, writes get EPERM; with --inactive-writes hold they wait for the
+activation, or a time. With --takeover the first of them brings it about: the
+peer that owns the image is asked to let go.
+
 Signals: SIGUSR1 activates, SIGUSR2 inactivates, SIGTERM, SIGINT and SIGQUIT stop
 in order (a second one stops at once), SIGHUP is ignored. Exit status is 1 if a
 last write or flush failed.`,
