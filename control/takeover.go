@@ -27,6 +27,9 @@ const (
 	// orderLimit is how long a peer that has been asked may take: what it has
 	// written must get to its disk.
 	orderLimit = 30 * time.Second
+	// proofLimit is how long the proof of one image may take: a network file
+	// system may show an old owner record for lagLimit.
+	proofLimit = 2 * lagLimit
 )
 
 // TakeoverConfig is how an exporter gets and gives away an image without
@@ -134,6 +137,9 @@ func (t *Takeover) run() {
 	pause := backOffFirst
 	for {
 		t.begin()
+		if !t.held() {
+			break // its time is over
+		}
 		attempts++
 		if how, err = t.attempt(); err == nil {
 			break
@@ -159,7 +165,7 @@ func (t *Takeover) run() {
 		zap.Int("attempts", attempts), zap.Duration("duration", round(time.Since(began))),
 	}
 	switch {
-	case err == nil && how != "":
+	case how != "":
 		t.cfg.Log.Info("image taken over", append(fields, zap.String("peer", how))...)
 	case err != nil && t.ctx.Err() == nil:
 		t.cfg.Log.Error("image not taken over, and no write waits for it any more", append(fields, zap.Error(err))...)
@@ -179,17 +185,17 @@ func (t *Takeover) begin() {
 	t.phase, t.again, t.yielded = asking, false, false
 }
 
-// sleep waits before another attempt. It reports whether there is to be one.
+// sleep waits before another attempt. It reports whether there may be one.
 func (t *Takeover) sleep(d time.Duration) bool {
 	t.mu.Lock()
 	t.phase = asking
 	t.mu.Unlock()
 	select {
 	case <-time.After(d):
+		return true
 	case <-t.ctx.Done():
 		return false
 	}
-	return t.held()
 }
 
 func (t *Takeover) held() bool { return t.target.Stats == nil || t.target.Stats().Held > 0 }
@@ -238,6 +244,9 @@ func (t *Takeover) attempt() (how string, err error) {
 	if !granted && !t.held() {
 		return "", errors.New(strings.Join(said, "; "))
 	}
+	if t.ctx.Err() != nil {
+		return "", context.Cause(t.ctx)
+	}
 	if err := t.registry.Activate(t.ctx, state.ActivateOptions{}, t.target.Node); err != nil {
 		return "", fmt.Errorf("%s; %w", strings.Join(said, "; "), err)
 	}
@@ -259,6 +268,8 @@ func (t *Takeover) ask(peer string) (what string, given bool, err error) {
 		return t.unreachable(peer, err)
 	}
 	defer func() { _ = c.Close() }()
+	ctx, cancel = context.WithTimeout(t.ctx, proofLimit)
+	defer cancel()
 	pairs, err := SameImages(ctx, t.registry, c, false, t.target.Node)
 	if err != nil {
 		return t.unreachable(peer, err)

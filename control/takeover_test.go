@@ -26,7 +26,7 @@ type sharedImage struct {
 	lock *atomic.Pointer[sharedImage]
 }
 
-var errLocked = errors.New(`Failed to get "write" lock`)
+var errLocked = errors.New("another process has the lock")
 
 func (i *sharedImage) Acquire() error {
 	if !i.lock.CompareAndSwap(nil, i) {
@@ -391,5 +391,17 @@ func TestTakeoverClose(t *testing.T) {
 	e.target.Takeover.Close()
 	if n := len(e.logged("image taken over")); n != 0 {
 		t.Errorf("%d lines", n)
+	}
+}
+
+// A write whose time is over before anything was done for it is no reason to
+// take the image, nor to try for ever.
+func TestTakeoverTooLate(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	e := newExporter(t, &lock, 1, 0, filepath.Join(t.TempDir(), "nobody"))
+	e.target.Takeover.Want()
+	e.target.Takeover.wg.Wait()
+	if s := e.target.Machine.Status().State; s != state.Inactive || e.log.Len() != 0 {
+		t.Errorf("it is %s, the log says %+v", s, e.log.All())
 	}
 }
