@@ -249,6 +249,7 @@ func TestTakeoverFromStopped(t *testing.T) {
 	owner := dialRaw(t, sides[0].socket, "")
 	wantServes(t, owner, 0, 2)
 	sides[0].signal(syscall.SIGSTOP)
+	waitStopped(t, sides[0].pid)
 	c := dialRaw(t, sides[1].socket, "")
 	wantHeldRefusal(t, c.do(cmdWrite, 0, 4096, 4096, make([]byte, 4096)), "it was not activated within the 2s")
 	sides[1].log.wait(t, 0, "why not", func(line string) bool { return containsAll(line, "cannot be taken over", "does not greet") })
@@ -260,6 +261,25 @@ func TestTakeoverFromStopped(t *testing.T) {
 	wantStatus(t, sides[0], "active", 1)
 	wantServes(t, dialRaw(t, sides[1].socket, ""), 4096, 4)
 	wantStatus(t, sides[1], "active", 2)
+}
+
+// waitStopped waits until no thread of a process runs: a signal gets to them
+// one after the other.
+func waitStopped(t testing.TB, pid int) {
+	t.Helper()
+	waitFor(t, startTimeout, "all threads are stopped", func() bool {
+		stats, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/stat", pid))
+		if err != nil || len(stats) == 0 {
+			t.Fatal("no threads", err)
+		}
+		for _, name := range stats {
+			b, err := os.ReadFile(name)
+			if _, state, ok := strings.Cut(string(b), ") "); err != nil || !ok || state[0] != 'T' {
+				return false
+			}
+		}
+		return true
+	})
 }
 
 // An exporter that has the other's image in front of it but another file is not
