@@ -119,6 +119,57 @@ func TestHoldTimesOut(t *testing.T) {
 	wantServes(t, c, 0, 3)
 }
 
+// A write that comes while its exporter still owns the image, but admits nothing
+// any more, is refused, and never runs however soon the exporter is active
+// again: others may have written in between.
+func TestHoldNeverOutlivesALoss(t *testing.T) {
+	t.Parallel()
+	image := randomImage(t, tmpfsDir(t), 1, mib)
+	before := readFile(t, image)
+	h, prepare := newHooks(t)
+	e := servePrepared(t, image, prepare, "--inactive-writes", "hold=5m")
+	c := dialRaw(t, e.socket, "")
+	h.holdAt("settle")
+	q := e.qmp()
+	defer q.Close()
+	q.send(`{"execute":"blockdev-set-active","arguments":{"active":false}}` + "\n")
+	h.wait()
+	for i := range 10 {
+		c.send(cmdWrite, 0, uint64(i*512), 512, make([]byte, 512))
+	}
+	waitFor(t, startTimeout, "the writes are there", func() bool { return e.inFlight() == 10 })
+	q.send(`{"execute":"blockdev-set-active","arguments":{"active":true}}` + "\n")
+	h.goOn()
+	for range 2 {
+		if r := q.next(); r.Err != nil {
+			t.Fatal(r.Err)
+		}
+	}
+	wantStatus(t, e, "active", 2)
+	for range 10 {
+		if rep := c.receive(0, 0); rep.errno != nbdEPERM || !strings.Contains(rep.text, lostText) {
+			t.Errorf("%s %q", errName(rep.errno), rep.text)
+		}
+	}
+	sameBytes(t, "the image", readFile(t, image), before)
+}
+
+// inFlight is how many requests an exporter says it has.
+func (e *daemon) inFlight() (n int64) {
+	e.t.Helper()
+	q := e.qmp()
+	defer q.Close()
+	var s struct {
+		Images []struct {
+			InFlight int64 `json:"in-flight"`
+		}
+	}
+	if err := json.Unmarshal(q.must("x-query-status", nil), &s); err != nil || len(s.Images) != 1 {
+		e.t.Fatal(err)
+	}
+	return s.Images[0].InFlight
+}
+
 // A write is dropped when its connection closes, whatever happens later.
 func TestHoldDropsWithConnection(t *testing.T) {
 	t.Parallel()

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -38,6 +39,12 @@ func ownControls(t testing.TB, n int) []string {
 // The first is active unless flags has --inactive.
 func serveTakeover(t testing.TB, image string, n int, flags ...string) []*daemon {
 	t.Helper()
+	return serveTakeoverPrepared(t, image, make([]func(*exec.Cmd), n), flags...)
+}
+
+func serveTakeoverPrepared(t testing.TB, image string, prepare []func(*exec.Cmd), flags ...string) []*daemon {
+	t.Helper()
+	n := len(prepare)
 	if !slices.Contains(flags, "--inactive-writes") {
 		flags = append(flags, "--inactive-writes", "hold=5m")
 	}
@@ -56,7 +63,7 @@ func serveTakeover(t testing.TB, image string, n int, flags ...string) []*daemon
 		if i > 0 && !slices.Contains(flags, "--inactive") {
 			own = append(own, "--inactive")
 		}
-		sides[i] = serve(t, image, own...)
+		sides[i] = servePrepared(t, image, prepare[i], own...)
 		if err := os.Symlink(sides[i].control, paths[i]); err != nil {
 			t.Fatal(err)
 		}
@@ -238,6 +245,63 @@ func TestTakeoverFromDead(t *testing.T) {
 	wantServes(t, c, 4096, 3)
 	sides[1].waitTaken(0, "is gone")
 	wantStatus(t, sides[1], "active", 2)
+}
+
+// The owner dies at any step of giving the image away: it is not needed, and
+// nothing that it acknowledged is lost.
+func TestTakeoverOwnerDies(t *testing.T) {
+	t.Parallel()
+	for _, step := range []string{"sync-ahead", "close-gate", "drain", "settle", "release"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			image := sparseImage(t, tmpfsDir(t), mib)
+			h, prepare := newHooks(t)
+			sides := serveTakeoverPrepared(t, image, []func(*exec.Cmd){prepare, nil})
+			wantServes(t, dialRaw(t, sides[0].socket, ""), 0, 2)
+			h.holdAt(step)
+			c := dialRaw(t, sides[1].socket, "")
+			cookie := c.send(cmdWrite, 0, 4096, 4096, randomBytes(3, 4096))
+			h.wait()
+			sides[0].kill()
+			if rep := c.receive(0, 0); rep.cookie != cookie || rep.errno != 0 {
+				t.Fatalf("%s %q", errName(rep.errno), rep.text)
+			}
+			sides[1].waitTaken(0)
+			wantStatus(t, sides[1], "active", 2)
+			wantLocks(t, image, activeLocks)
+			sameBytes(t, "the image", readFile(t, image)[:8192], append(randomBytes(2, 4096), randomBytes(3, 4096)...))
+		})
+	}
+}
+
+// The one that takes dies at any step of it: a new client of the other side
+// gets the image back there.
+func TestTakeoverTakerDies(t *testing.T) {
+	t.Parallel()
+	for _, step := range []string{"lock", "load", "claim", "publish", "retire"} {
+		t.Run(step, func(t *testing.T) {
+			t.Parallel()
+			image := sparseImage(t, tmpfsDir(t), mib)
+			h, prepare := newHooks(t)
+			sides := serveTakeoverPrepared(t, image, []func(*exec.Cmd){nil, prepare})
+			late := dialRaw(t, sides[0].socket, "")
+			wantServes(t, late, 0, 2)
+			h.holdAt(step)
+			c := dialRaw(t, sides[1].socket, "")
+			c.send(cmdWrite, 0, 4096, 4096, randomBytes(3, 4096))
+			h.wait()
+			if rep := late.do(cmdWrite, 0, 0, 512, make([]byte, 512)); rep.errno != nbdEPERM {
+				t.Errorf("a late write: %s %q", errName(rep.errno), rep.text)
+			}
+			sides[1].kill()
+			wantServes(t, dialRaw(t, sides[0].socket, ""), 8192, 4)
+			if s := sides[0].status(); s.State != "active" {
+				t.Errorf("it is %s", s.State)
+			}
+			wantLocks(t, image, activeLocks)
+			sameBytes(t, "what was acknowledged first", readFile(t, image)[:4096], randomBytes(2, 4096))
+		})
+	}
 }
 
 // A peer that is stopped keeps its locks, so the image stays with it: the write
