@@ -210,6 +210,34 @@ func TestHeldNotRunAfterLoss(t *testing.T) {
 	}
 }
 
+// Without the option a write that had to wait is told what it is always told.
+func TestLostWithoutHolding(t *testing.T) {
+	h := hold(state.StepSettle)
+	r := newRig(t, rigConfig{onStep: h.step, content: contents[:1<<20]})
+	c := r.connect(&testCodec{})
+	h.armed.Store(true)
+	lost := background(func() { r.inactivate(); r.activate() })
+	await(t, h.reached, "the step")
+	for range 3 {
+		c.send(OpWrite, 0, 0, 512, contents[7:519])
+	}
+	eventually(t, "all are parked", func() bool {
+		c.conn.mu.Lock()
+		defer c.conn.mu.Unlock()
+		return len(c.conn.mu.parked) == 3
+	})
+	close(h.goOn)
+	await(t, lost, "the changes")
+	for range 3 {
+		if a := c.next(); a.errno != unix.EPERM || a.text != state.ErrInactive.Error() {
+			t.Fatalf("%+v", a)
+		}
+	}
+	if !bytes.Equal(r.content(), contents[:1<<20]) {
+		t.Error("a write has run that came before the loss")
+	}
+}
+
 // A stop answers what is held.
 func TestHeldAtStop(t *testing.T) {
 	r := newHoldingRig(t, rigConfig{content: contents[:1<<20]})

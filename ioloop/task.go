@@ -287,6 +287,9 @@ func (t *task) try() (ended bool) {
 func (c *conn) refusal(v state.Verdict) error {
 	switch v {
 	case state.Lost:
+		if c.lane.HoldFor() == 0 {
+			return state.ErrInactive // as if it had looked when it was lost
+		}
 		return state.ErrLost
 	case state.Late:
 		return state.ErrLate
