@@ -84,6 +84,14 @@ func TestWireText(t *testing.T) {
 	if got := wireText(fmt.Errorf("gate: %w", state.ErrInactive)); got != "export is inactive" {
 		t.Errorf("inactive: %q", got)
 	}
+	for _, err := range []error{state.ErrLost, state.ErrLate, &state.HeldError{Why: "no room"}} {
+		if got := wireText(err); got != err.Error() || !strings.HasPrefix(got, "export is inactive: ") {
+			t.Errorf("held: %q", got)
+		}
+		if got := wireErrno(err, request{cmd: wire.CmdWrite}); got != wire.EPERM {
+			t.Errorf("held: error %d", got)
+		}
+	}
 	if got := wireText(nil); got != "" {
 		t.Errorf("nil: %q", got)
 	}

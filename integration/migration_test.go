@@ -29,9 +29,8 @@ type switchover struct {
 	hand func(m *move)
 }
 
-// ordered are those in which somebody orders it. Exporters that take the image
-// over by themselves, on the first write, will be started by kinds of their
-// own and need no hand: that is one more test, with all that stands here.
+// ordered are those in which somebody orders it; TestMigrateByTakeover does
+// without.
 var ordered = []switchover{
 	{"control socket", func(m *move) {
 		began := time.Now()
