@@ -26,6 +26,7 @@ const (
 	opPunch
 	opZeroRange
 	opAllocate
+	opTruncate
 	opSeek
 	opStat
 	opAdvise

@@ -30,11 +30,7 @@ type conn struct {
 }
 
 func (c *conn) run() {
-	defer func() {
-		c.srv.mu.Lock()
-		delete(c.srv.conns, c)
-		c.srv.mu.Unlock()
-	}()
+	defer c.srv.ended(c)
 	log := c.srv.log
 	a, err := c.handshake()
 	if err != nil {

@@ -19,8 +19,12 @@ import (
 const maxSocketPath = 107
 
 // ListenTCP listens on address, which is "host:port" or ":port".
-func ListenTCP(address string) (net.Listener, error) {
-	l, err := net.Listen("tcp", address)
+func ListenTCP(address string) (net.Listener, error) { return ListenTCPFamily("tcp", address) }
+
+// ListenTCPFamily is ListenTCP for one family of addresses: network is "tcp4",
+// "tcp6", or "tcp" for both.
+func ListenTCPFamily(network, address string) (net.Listener, error) {
+	l, err := net.Listen(network, address)
 	dns, unresolved := errors.AsType[*net.DNSError](err)
 	switch {
 	case unresolved:

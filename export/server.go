@@ -71,6 +71,7 @@ type Server struct {
 	stopping  bool
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
+	gone      map[*Export]chan struct{} // who waits for the last connection
 	accepted  uint64 // connections so far
 }
 
@@ -90,6 +91,7 @@ func (s *Server) init() {
 		s.stop = make(chan struct{})
 		s.listeners = make(map[net.Listener]struct{})
 		s.conns = make(map[*conn]struct{})
+		s.gone = make(map[*Export]chan struct{})
 	})
 }
 

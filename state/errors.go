@@ -49,7 +49,7 @@ type OrderError struct {
 	Order Event
 	State State
 	Step  Step  // of a transition under way, "" otherwise
-	Cause error // why the image failed, ErrStopping at the end, nil otherwise
+	Cause error // why the image failed, ErrPinned, ErrStopping at the end, nil otherwise
 }
 
 func (e *OrderError) Error() string {
@@ -57,6 +57,8 @@ func (e *OrderError) Error() string {
 	switch {
 	case errors.Is(e.Cause, ErrStopping):
 		return what + ErrStopping.Error()
+	case errors.Is(e.Cause, ErrPinned):
+		return what + ErrPinned.Error()
 	case e.State == FailedIO || e.State == FailedFenced:
 		return what + fmt.Sprintf("it is %s: %v; only inactivate --abandon, or ending the process, leaves that state", e.State, e.Cause)
 	case e.State == Active:

@@ -94,6 +94,8 @@ type Machine struct {
 		late error
 		// stopping refuses orders.
 		stopping bool
+		// pins refuse inactivation.
+		pins int
 		// stopWatch ends the watch over an owned image when closed.
 		stopWatch chan struct{}
 	}

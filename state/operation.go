@@ -82,6 +82,8 @@ func (op *operation) tryBegin(order Event, first Step, ms []*Machine) (started b
 		switch {
 		case m.mu.stopping || m.mu.state == Closed:
 			err = &OrderError{Image: m.name, Order: order, State: m.mu.state, Cause: ErrStopping}
+		case c.kind == moves && order == OrderInactivate && m.mu.pins > 0:
+			err = &OrderError{Image: m.name, Order: order, State: m.mu.state, Cause: ErrPinned}
 		case c.kind == refused:
 			err = &OrderError{Image: m.name, Order: order, State: m.mu.state, Step: m.mu.step, Cause: m.mu.cause}
 		case c.kind == joins:
