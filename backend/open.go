@@ -55,6 +55,8 @@ type Options struct {
 	Cache     CacheMode
 	Locking   LockingMode
 	DropCache DropCacheMode
+	// IgnoreDiscard: Discard does nothing, and Zero keeps the range allocated.
+	IgnoreDiscard bool
 	// OwnerRecord is the path of the owner record, "" for IMAGE.owner beside
 	// an image that is a file, or OwnerRecordOff. A read-only image has none.
 	OwnerRecord string

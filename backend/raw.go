@@ -262,6 +262,9 @@ func (r *Raw) Discard(off, n int64) error {
 
 // Zero implements Image; see File.Zero.
 func (r *Raw) Zero(off, n int64, flags ZeroFlags) error {
+	if r.opts.IgnoreDiscard {
+		flags |= NoHole
+	}
 	return r.erase("zero", off, n, func(f *File) error { return f.Zero(off, n, flags) })
 }
 

@@ -12,8 +12,8 @@ import (
 
 // command is a row of the table of commands.
 type command struct {
-	name   string
-	params []param
+	name string
+	fields
 	// run executes the command; its arguments have been checked. A nil result
 	// is answered with {}. What it returns must be encodable as JSON.
 	run func(s *session, a args) (any, error)
@@ -31,38 +31,60 @@ var commands []command
 func init() {
 	node := param{name: "node-name", kind: text}
 	nodes := param{name: "x-node-names", kind: texts}
+	id := param{name: "id", kind: text, required: true}
+	with := func(params ...param) fields { return fields{params: params} }
 	commands = []command{
-		{name: negotiate, params: []param{{name: "enable", kind: texts, values: []string{"oob"}}}, run: (*session).negotiate},
+		{name: negotiate, fields: with(param{name: "enable", kind: texts, values: []string{"oob"}}), run: (*session).negotiate},
 		{name: "query-version", run: (*session).queryVersion},
 		{name: "query-commands", run: (*session).queryCommands},
+		{name: "nbd-server-start", fields: nbdServerFields(), run: (*session).nbdServerStart},
+		{name: "nbd-server-stop", run: (*session).nbdServerStop},
+		{name: "blockdev-add", fields: blockdevFields(), run: (*session).blockdevAdd},
+		{name: "blockdev-del", fields: with(required(node)), run: (*session).blockdevDel},
+		{name: "block-export-add", fields: blockExportFields(), run: (*session).blockExportAdd},
+		{
+			name:   "block-export-del",
+			fields: with(id, param{name: "mode", kind: text, values: []string{"safe", "hard"}}),
+			run:    (*session).blockExportDel,
+		},
 		{name: "query-block-exports", run: (*session).queryBlockExports},
-		{name: "query-named-block-nodes", params: []param{{name: "flat", kind: boolean}}, run: (*session).queryNodes},
+		{name: "query-named-block-nodes", fields: with(param{name: "flat", kind: boolean}), run: (*session).queryNodes},
 		{
 			name: "blockdev-set-active",
-			params: []param{
+			fields: with(
 				node,
-				{name: "active", kind: boolean, required: true},
-				{name: "x-if-unchanged", kind: boolean},
-				{name: "x-abandon", kind: boolean},
+				param{name: "active", kind: boolean, required: true},
+				param{name: "x-if-unchanged", kind: boolean},
+				param{name: "x-abandon", kind: boolean},
 				nodes,
-				{name: "x-order", kind: text},
-			},
+				param{name: "x-order", kind: text},
+			),
 			run: (*session).setActive,
+		},
+		{
+			name:   "block_resize",
+			fields: with(param{name: "device", kind: text}, node, param{name: "size", kind: integer, required: true}),
+			run:    (*session).blockResize,
 		},
 		{name: "quit", run: (*session).quit, last: true},
 		{name: "x-query-status", run: (*session).queryStatus},
-		{name: "x-identify", params: []param{nodes, {name: "nonce", kind: text}}, run: (*session).identify},
+		{name: "x-identify", fields: with(nodes, param{name: "nonce", kind: text}), run: (*session).identify},
 		{
 			name: "x-takeover",
-			params: []param{
-				{name: "node-name", kind: text, required: true},
-				{name: "host", kind: text, required: true},
-				{name: "pid", kind: integer, required: true},
-			},
+			fields: with(
+				required(node),
+				param{name: "host", kind: text, required: true},
+				param{name: "pid", kind: integer, required: true},
+			),
 			run: (*session).takeover,
 		},
-		{name: "x-cancel", params: []param{node, nodes, {name: "order", kind: text}}, run: (*session).cancel},
+		{name: "x-cancel", fields: with(node, nodes, param{name: "order", kind: text}), run: (*session).cancel},
 	}
+}
+
+func required(p param) param {
+	p.required = true
+	return p
 }
 
 func findCommand(name string) *command {
@@ -110,81 +132,6 @@ func (s *session) queryCommands(args) (any, error) {
 	return rows, nil
 }
 
-func (s *session) queryBlockExports(args) (any, error) {
-	type blockExport struct {
-		NodeName     string `json:"node-name"`
-		ShuttingDown bool   `json:"shutting-down"`
-		Type         string `json:"type"`
-		ID           string `json:"id"`
-	}
-	list := []blockExport{}
-	for _, t := range s.server.cfg.Registry.Targets() {
-		list = append(list, blockExport{
-			NodeName: t.Node, Type: "nbd", ID: t.Export.ID,
-			ShuttingDown: t.Machine.Status().State == state.Closed,
-		})
-	}
-	return list, nil
-}
-
-// blockDevice is QEMU's BlockDeviceInfo.
-type blockDevice struct {
-	NodeName       string     `json:"node-name"`
-	File           string     `json:"file"`
-	RO             bool       `json:"ro"`
-	Drv            string     `json:"drv"`
-	BackingDepth   int        `json:"backing_file_depth"`
-	Active         bool       `json:"active"`
-	Encrypted      bool       `json:"encrypted"`
-	DetectZeroes   string     `json:"detect_zeroes"`
-	Bps            int        `json:"bps"`
-	BpsRd          int        `json:"bps_rd"`
-	BpsWr          int        `json:"bps_wr"`
-	Iops           int        `json:"iops"`
-	IopsRd         int        `json:"iops_rd"`
-	IopsWr         int        `json:"iops_wr"`
-	Image          imageInfo  `json:"image"`
-	Cache          blockCache `json:"cache"`
-	WriteThreshold int        `json:"write_threshold"`
-}
-
-type blockCache struct {
-	Writeback bool `json:"writeback"`
-	Direct    bool `json:"direct"`
-	NoFlush   bool `json:"no-flush"`
-}
-
-// imageInfo is QEMU's ImageInfo.
-type imageInfo struct {
-	Filename    string `json:"filename"`
-	Format      string `json:"format"`
-	VirtualSize int64  `json:"virtual-size"`
-	DirtyFlag   bool   `json:"dirty-flag"`
-}
-
-func (s *session) queryNodes(args) (any, error) {
-	list := []blockDevice{}
-	for _, t := range s.server.cfg.Registry.Targets() {
-		info := t.Image.Info()
-		node := blockDevice{
-			NodeName: t.Node, File: info.Path, Drv: info.Format,
-			RO:     info.ReadOnly || !t.Export.Writable,
-			Active: t.Machine.Status().State.Owns(), DetectZeroes: "off",
-			Image: imageInfo{Filename: info.Path, Format: info.Format, VirtualSize: t.Image.Size()},
-			Cache: blockCache{Writeback: !info.WriteThrough, Direct: t.Direct},
-		}
-		file := node
-		file.NodeName += fileSuffix
-		file.Drv = "file"
-		if t.Device {
-			file.Drv = "host_device"
-		}
-		file.Image.Format = file.Drv
-		list = append(list, node, file)
-	}
-	return list, nil
-}
-
 // nodes are the nodes a command names, none for all.
 func nodes(a args) []string {
 	list := slices.Clone(arg[[]string](a, "x-node-names"))
@@ -225,10 +172,14 @@ func (s *session) setActive(a args) (any, error) {
 	if e, ok := errors.AsType[*Error](err); ok { // the request is wrong, nothing was done
 		return nil, e
 	}
+	what, why := "node", ""
 	if len(list) == 0 {
-		return nil, generic("Failed to inactivate all nodes: %v", err)
+		what = "all nodes"
 	}
-	return nil, generic("Failed to inactivate node: %v", err)
+	if errors.Is(err, state.ErrPinned) {
+		why = "Operation not permitted: " // QEMU's whole reason
+	}
+	return nil, generic("Failed to inactivate %s: %s%v", what, why, err)
 }
 
 func (s *session) quit(args) (any, error) { return nil, nil }

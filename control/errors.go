@@ -38,3 +38,11 @@ func asError(err error) *Error {
 
 // errStopping refuses orders to a process on its way out.
 var errStopping = errors.New("the server is shutting down")
+
+// also is err with what went wrong besides, if anything did, on one line.
+func also(err, more error) error {
+	if more == nil {
+		return err
+	}
+	return fmt.Errorf("%w; %w", err, more)
+}

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/export"
 )
 
@@ -20,6 +21,11 @@ const farewell = time.Second
 // Config of a Server.
 type Config struct {
 	Registry *Registry
+	// NBD serves the exports, and Open opens the image of a node that
+	// blockdev-add makes: inactive, and with all of the Target that is not
+	// about nodes and exports. Without them, what needs them is refused.
+	NBD  *NBD
+	Open func(backend.Options) (*Target, error)
 	// Version is our own version, without a name.
 	Version string
 	// Quit is told, once, that a client wants the process to stop. It must
@@ -41,7 +47,8 @@ type Server struct {
 	closing   bool
 	listeners map[net.Listener]struct{}
 	clients   map[net.Conn]struct{}
-	wg        sync.WaitGroup // of clients; Add under mu
+	listening map[*outbox]struct{} // clients that get events
+	wg        sync.WaitGroup       // of clients; Add under mu
 }
 
 // NewServer makes a server that listens nowhere yet.
@@ -55,6 +62,7 @@ func NewServer(cfg Config) *Server {
 	return &Server{
 		cfg: cfg, started: time.Now(),
 		listeners: make(map[net.Listener]struct{}), clients: make(map[net.Conn]struct{}),
+		listening: make(map[*outbox]struct{}),
 	}
 }
 
@@ -140,9 +148,9 @@ func (s *Server) status() Status {
 // session is one control client. It belongs to one goroutine.
 type session struct {
 	server     *Server
-	nc         net.Conn
 	in         decoder
-	out        []byte
+	out        *outbox
+	line       []byte // of the last answer
 	negotiated bool
 }
 
@@ -162,13 +170,15 @@ type answer struct {
 }
 
 func (s *Server) serve(nc net.Conn) {
+	c := &session{server: s, in: decoder{r: bufio.NewReader(nc)}, out: newOutbox(nc)}
 	defer func() {
 		s.mu.Lock()
 		delete(s.clients, nc)
+		delete(s.listening, c.out)
 		s.mu.Unlock()
+		c.out.close()
 		_ = nc.Close()
 	}()
-	c := &session{server: s, nc: nc, in: decoder{r: bufio.NewReader(nc)}}
 	var hello greeting
 	hello.QMP.Version, hello.QMP.Capabilities = c.version(), []string{}
 	if !c.send(hello) {
@@ -185,8 +195,14 @@ func (s *Server) serve(nc net.Conn) {
 		if err != nil {
 			return // the client left, or Close
 		}
+		deaf := !c.negotiated
 		a, last := c.execute(v)
 		sent := c.send(a)
+		if deaf && c.negotiated { // events come after the answer that allows them
+			s.mu.Lock()
+			s.listening[c.out] = struct{}{}
+			s.mu.Unlock()
+		}
 		if last {
 			s.quit.Do(s.cfg.Quit)
 		}
@@ -198,9 +214,8 @@ func (s *Server) serve(nc net.Conn) {
 
 // send reports whether the client can still be talked to.
 func (c *session) send(v any) bool {
-	c.out = appendLine(c.out[:0], v)
-	_, err := c.nc.Write(c.out)
-	return err == nil
+	c.line = appendLine(c.line[:0], v)
+	return c.out.send(c.line)
 }
 
 // execute runs one request. last says that the session ends with its answer.
@@ -217,7 +232,7 @@ func (c *session) execute(v any) (a answer, last bool) {
 		a.Error = asError(err)
 		return a, false
 	}
-	checked, err := check(cmd.params, given)
+	checked, err := cmd.check("", given)
 	if err == nil {
 		a.Return, err = cmd.run(c, checked)
 	}

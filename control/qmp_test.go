@@ -149,8 +149,9 @@ func TestDialogues(t *testing.T) {
 		},
 		{"quit", caps + `{"execute":"quit","id":9}` + queryV, []string{empty, `{"return": {}, "id": 9}`}},
 		{"commands", caps + `{"execute":"query-commands"}`, []string{empty, `{"return": [{"name": "qmp_capabilities"}, {"name": "query-version"}, ` +
-			`{"name": "query-commands"}, {"name": "query-block-exports"}, {"name": "query-named-block-nodes"}, {"name": "blockdev-set-active"}, ` +
-			`{"name": "quit"}, {"name": "x-query-status"}, {"name": "x-identify"}, {"name": "x-takeover"}, {"name": "x-cancel"}]}`}},
+			`{"name": "query-commands"}, {"name": "nbd-server-start"}, {"name": "nbd-server-stop"}, {"name": "blockdev-add"}, {"name": "blockdev-del"}, ` +
+			`{"name": "block-export-add"}, {"name": "block-export-del"}, {"name": "query-block-exports"}, {"name": "query-named-block-nodes"}, ` +
+			`{"name": "blockdev-set-active"}, {"name": "block_resize"}, {"name": "quit"}, {"name": "x-query-status"}, {"name": "x-identify"}, {"name": "x-takeover"}, {"name": "x-cancel"}]}`}},
 		{"exports", caps + `{"execute":"query-block-exports"}`, []string{empty, `{"return": [` +
 			`{"node-name": "image0", "shutting-down": false, "type": "nbd", "id": "export0"}, ` +
 			`{"node-name": "image1", "shutting-down": false, "type": "nbd", "id": "export1"}]}`}},
@@ -238,7 +239,8 @@ func TestOwnership(t *testing.T) {
 	check(c.SetActive(ctx, false, "image0-file"), "Node has active parent node (inactivate 'image0' instead of 'image0-file')", on, off, on)
 	check(c.SetActive(ctx, false, "image1-file"), "", on, off, on)
 	check(c.SetActive(ctx, false, "image2-file", "image2"), "", on, off, off)
-	check(c.SetActive(ctx, true, "image2-file"), "", on, off, on)
+	check(c.SetActive(ctx, true, "image2-file"), "", on, off, off) // the file node alone
+	check(c.SetActive(ctx, true, "image2"), "", on, off, on)
 
 	b.images[1].acquire = func() error { return errors.New(`Failed to get "write" lock`) }
 	check(c.SetActive(ctx, true, "image1", "image0"), `cannot activate image /srv/b.img: Failed to get "write" lock`, on, off, on)
@@ -475,12 +477,19 @@ func (s *script) Read(p []byte) (int, error)  { return s.input.Read(p) }
 func (s *script) Write(p []byte) (int, error) { return s.output.Write(p) }
 func (s *script) Close() error                { return nil }
 
+func (s *script) SetWriteDeadline(time.Time) error { return nil }
+
 func FuzzQMP(f *testing.F) {
 	for _, s := range []string{
 		queryV, `{'execute':'blockdev-set-active','arguments':{'active':true,'node-name':'image0'}}`,
 		`{"execute":"x-query-status","id":[1.5e3,{"a":null}]}`, `{"execute":"x-cancel","arguments":{"x-node-names":["image0"]}}`,
 		"\"\\ud83d\\ude00\\u12\" 01 -1.5e+7 tru }{ [1,2 {\"a\":1,\"a\":2} \xff@", strings.Repeat("[", 1030), `{"execute":"quit"} {}`,
 		`{"execute":"blockdev-set-active","arguments":{"active":false,"x-abandon":true,"x-node-names":["image0-file","image0"]}}`,
+		`{"execute":"nbd-server-start","arguments":{"addr":{"type":"unix","data":{"path":1}}}}`,
+		`{"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"a","file":{"driver":"file","filename":"b","cache":{"direct":true}}}}`,
+		`{"execute":"block-export-add","arguments":{"type":"nbd","id":"e","node-name":"image0","bitmaps":["a",{"node":"b","name":"c"}]}}`,
+		`{"execute":"blockdev-del","arguments":{"node-name":"image0"}} {"execute":"block-export-del","arguments":{"id":"export0","mode":"hard"}}`,
+		`{"execute":"block_resize","arguments":{"node-name":"image0","size":1}} {"execute":"nbd-server-stop"}`,
 	} {
 		f.Add(s)
 	}
@@ -500,7 +509,7 @@ func FuzzQMP(f *testing.F) {
 			if err := json.Unmarshal([]byte(line), &v); err != nil {
 				t.Fatalf("%v in %q", err, line)
 			}
-			if (v["return"] == nil) == (v["error"] == nil) {
+			if v["event"] == nil && (v["return"] == nil) == (v["error"] == nil) {
 				t.Fatalf("neither fish nor flesh: %q", line)
 			}
 			for _, c := range []byte(line) {

@@ -2,50 +2,24 @@ package control
 
 import (
 	"context"
+	"fmt"
 	"slices"
 	"sync"
 
-	"github.com/nbd-export/nbd-export/backend"
-	"github.com/nbd-export/nbd-export/ioloop"
 	"github.com/nbd-export/nbd-export/state"
 )
 
-// fileSuffix makes the name of a file node of the format node's above it.
-const fileSuffix = "-file"
-
-// Target is an image under control. Its fields do not change.
-type Target struct {
-	// Node is the name of the format node; the file node is Node-file.
-	Node    string
-	Machine *state.Machine
-	Image   backend.Image
-	// Device: the image is a block device. Direct: the page cache is bypassed.
-	Device, Direct bool
-	// Export is how clients find it.
-	Export Export
-	// Stats counts its requests, Locks says what protects it, Record where
-	// its owner is noted. They never wait, and may be nil.
-	Stats  func() ioloop.Stats
-	Locks  func() Locks
-	Record func() Record
-	// Takeover is how peers get the image, and how it is got from them; nil
-	// if peers get it at once and nothing is taken.
-	Takeover *Takeover
-}
-
-// Export is the NBD side of a Target.
-type Export struct {
-	ID          string `json:"id"`
-	Name        string `json:"name"`
-	Description string `json:"description,omitempty"`
-	Writable    bool   `json:"writable"`
-}
-
-// Registry holds the images of the process and carries out orders on them.
-// The zero value is empty and ready; its methods may be called concurrently.
+// Registry holds the images of the process, with their nodes and exports, and
+// carries out orders on them. The zero value is empty and ready; its methods
+// may be called concurrently.
+//
+// Lock order: Target.edit, NBD.mu, Registry.mu, Target.mu and the others.
 type Registry struct {
-	mu       sync.Mutex // a leaf
+	mu       sync.Mutex
 	targets  []*Target
+	names    map[string]*Target // of nodes; nil for one that is being added
+	exports  []*blockExport     // the oldest first
+	numbered int                // nodes named by us so far
 	stopping bool
 }
 
@@ -56,21 +30,100 @@ func (r *Registry) Add(t *Target) error {
 	if r.stopping {
 		return errStopping
 	}
-	for _, other := range r.targets {
-		for _, name := range []string{t.Node, t.Node + fileSuffix} {
-			if other.Node == name || other.Node+fileSuffix == name {
-				return generic("Duplicate nodes with node-name='%s'", name)
-			}
+	t.defaultNodes()
+	var first *blockExport
+	if t.Export.ID != "" {
+		first = &blockExport{Export: t.Export, node: t.Node, target: t, served: t.Served, ready: true, gone: make(chan struct{})}
+		if r.exportLocked(t.Export.ID) != nil {
+			return generic("Block export id '%s' is already in use", t.Export.ID)
 		}
 	}
-	r.targets = append(r.targets, t)
+	if err := r.reserveLocked(t.nodes()...); err != nil {
+		return err
+	}
+	if first != nil {
+		r.exports = append(r.exports, first)
+		t.addExport(first)
+	}
+	r.publishLocked(t)
 	return nil
+}
+
+// reserve takes the names of nodes that are being added, until publish or
+// release. Those without a name get one.
+func (r *Registry) reserve(nodes ...*blockNode) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.reserveLocked(nodes...)
+}
+
+func (r *Registry) reserveLocked(nodes ...*blockNode) error {
+	if r.stopping {
+		return errStopping
+	}
+	for i, n := range nodes {
+		_, taken := r.names[n.name]
+		if taken || n.name != "" && slices.ContainsFunc(nodes[:i], func(o *blockNode) bool { return o.name == n.name }) {
+			return generic("Duplicate nodes with node-name='%s'", n.name)
+		}
+	}
+	if r.names == nil {
+		r.names = make(map[string]*Target)
+	}
+	for _, n := range nodes {
+		if n.name == "" {
+			r.numbered++
+			n.name = fmt.Sprintf("#block%03d", r.numbered) // no name that a client may choose
+		}
+		r.names[n.name] = nil
+	}
+	return nil
+}
+
+// release gives reserved names back.
+func (r *Registry) release(nodes ...*blockNode) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for _, n := range nodes {
+		if t, ok := r.names[n.name]; ok && t == nil {
+			delete(r.names, n.name)
+		}
+	}
+}
+
+// publish makes t, whose names are reserved or those of old, known in the place
+// of old, nil for none. It fails when the process is stopping.
+func (r *Registry) publish(t, old *Target) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopping {
+		return errStopping
+	}
+	if old != nil {
+		r.removeLocked(old)
+	}
+	r.publishLocked(t)
+	return nil
+}
+
+func (r *Registry) publishLocked(t *Target) {
+	for _, n := range t.nodes() {
+		r.names[n.name] = t
+	}
+	r.targets = append(slices.Clone(r.targets), t)
 }
 
 // Remove ends the control of t. What becomes of it is the caller's business.
 func (r *Registry) Remove(t *Target) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.removeLocked(t)
+}
+
+func (r *Registry) removeLocked(t *Target) {
+	for _, n := range t.nodes() {
+		delete(r.names, n.name)
+	}
 	r.targets = slices.DeleteFunc(slices.Clone(r.targets), func(o *Target) bool { return o == t })
 }
 
@@ -78,28 +131,54 @@ func (r *Registry) Remove(t *Target) {
 func (r *Registry) Targets() []*Target {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.Clone(r.targets)
+	return r.targets[:len(r.targets):len(r.targets)] // never changed in place
+}
+
+// target returns the image that has a node of this name, or nil.
+func (r *Registry) target(node string) *Target {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.names[node]
+}
+
+// lock takes the edit lock of the image that has this node, which is nil if
+// there is none.
+func (r *Registry) lock(node string) (t *Target, unlock func()) {
+	for {
+		t = r.target(node)
+		if t == nil {
+			return nil, func() {}
+		}
+		t.edit.Lock()
+		if r.target(node) == t {
+			return t, t.edit.Unlock
+		}
+		t.edit.Unlock() // removed or replaced meanwhile
+	}
 }
 
 // find returns the targets with these nodes, each once, or all if none is
 // named.
 func (r *Registry) find(nodes []string) ([]*Target, error) {
-	all := r.Targets()
 	if len(nodes) == 0 {
-		return all, nil
+		return r.Targets(), nil
 	}
 	var found []*Target
+	seen := make(map[*Target]bool)
 	for _, name := range nodes {
-		i := slices.IndexFunc(all, func(t *Target) bool { return t.Node == name || t.Node+fileSuffix == name })
-		if i < 0 {
-			return nil, generic("Failed to find node with node-name='%s'", name)
+		t := r.target(name)
+		if t == nil {
+			return nil, noNode(name)
 		}
-		if !slices.Contains(found, all[i]) {
-			found = append(found, all[i])
+		if !seen[t] {
+			seen[t] = true
+			found = append(found, t)
 		}
 	}
 	return found, nil
 }
+
+func noNode(name string) *Error { return generic("Failed to find node with node-name='%s'", name) }
 
 // isStopping reports whether orders are refused for good.
 func (r *Registry) isStopping() bool {
@@ -108,12 +187,39 @@ func (r *Registry) isStopping() bool {
 	return r.stopping
 }
 
-// order is find for an order that changes ownership.
-func (r *Registry) order(nodes []string) ([]*Target, error) {
+// order is whom an order that changes ownership concerns: targets by their
+// machines, and files that change alone.
+type order struct{ targets, files []*Target }
+
+// order sorts what is named, or everything.
+func (r *Registry) order(nodes []string) (o order, err error) {
 	if r.isStopping() {
-		return nil, errStopping
+		return o, errStopping
 	}
-	return r.find(nodes)
+	ts, err := r.find(nodes)
+	if err != nil {
+		return o, err
+	}
+	named := make(map[string]bool, len(nodes))
+	for _, n := range nodes {
+		named[n] = true
+	}
+	for _, t := range ts {
+		involved := t.owns() || t.Machine.Status().State != state.Inactive
+		if involved && (len(nodes) == 0 || named[t.upper().name]) {
+			o.targets = append(o.targets, t)
+		} else {
+			o.files = append(o.files, t)
+		}
+	}
+	return o, nil
+}
+
+// done notes what the order has made of file nodes.
+func (o order) done(active bool) {
+	for _, t := range slices.Concat(o.targets, o.files) {
+		t.setFileActive(active)
+	}
 }
 
 // stop refuses orders from now on and returns what there is to stop.
@@ -121,17 +227,22 @@ func (r *Registry) stop() []*Target {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.stopping = true
-	return slices.Clone(r.targets)
+	return r.targets
 }
 
 // Activate makes this process the owner of the images with these nodes, or
-// of all if none is named; of none of them if one fails.
+// of all if none is named; of none of them if one fails. A file node below a
+// format node is activated alone, which owns nothing.
 func (r *Registry) Activate(ctx context.Context, opt state.ActivateOptions, nodes ...string) error {
-	ts, err := r.order(nodes)
+	o, err := r.order(nodes)
 	if err != nil {
 		return err
 	}
-	return state.Activate(ctx, opt, machines(ts)...)
+	if err := state.Activate(ctx, opt, machines(o.targets)...); err != nil {
+		return err
+	}
+	o.done(true)
+	return nil
 }
 
 // InactivateOptions refine Inactivate.
@@ -143,20 +254,18 @@ type InactivateOptions struct {
 // Inactivate hands back the images with these nodes, or all if none is
 // named; none of them if one fails.
 func (r *Registry) Inactivate(ctx context.Context, opt InactivateOptions, nodes ...string) error {
-	ts, err := r.order(nodes)
+	o, err := r.order(nodes)
 	if err != nil {
 		return err
 	}
-	for _, name := range nodes {
-		for _, t := range ts {
-			if name == t.Node+fileSuffix && !slices.Contains(nodes, t.Node) && t.Machine.Status().State != state.Inactive {
-				return generic("Node has active parent node (inactivate '%s' instead of '%s')", t.Node, name)
-			}
+	for _, t := range o.files {
+		if t.format != nil && t.Machine.Status().State != state.Inactive {
+			return generic("Node has active parent node (inactivate '%s' instead of '%s')", t.format.name, t.file.name)
 		}
 	}
 	if opt.Abandon {
 		var failed []*state.Machine
-		for _, t := range ts {
+		for _, t := range o.targets {
 			if s := t.Machine.Status().State; s == state.FailedIO || s == state.FailedFenced {
 				failed = append(failed, t.Machine)
 			}
@@ -165,7 +274,11 @@ func (r *Registry) Inactivate(ctx context.Context, opt InactivateOptions, nodes 
 		// up all the same. One that is not is refused below.
 		_ = state.Abandon(ctx, failed...)
 	}
-	return state.Inactivate(ctx, machines(ts)...)
+	if err := state.Inactivate(ctx, machines(o.targets)...); err != nil {
+		return err
+	}
+	o.done(false)
+	return nil
 }
 
 // Cancel ends the inactivation of images that still serve writes, and returns

@@ -2,6 +2,7 @@ package control
 
 import (
 	"fmt"
+	"math"
 	"slices"
 	"strconv"
 )
@@ -12,22 +13,41 @@ type kind string
 const (
 	boolean kind = "boolean"
 	text    kind = "string"
-	integer kind = "integer" // fits in an int64
-	texts   kind = "array"   // of strings
+	integer kind = "integer"  // fits in an int64
+	uint32s kind = "uint32_t" // an integer that fits in a uint32
+	texts   kind = "array"    // of strings
+	nested  kind = "object"
+	// A reference to a node: its name, or the object that blockdev-add takes.
+	nodeRef       kind = "BlockdevRef"
+	nodeRefOrNull kind = "BlockdevRefOrNull"
+	// An array of names of bitmaps, each alone or in an object with its node.
+	bitmaps kind = "BlockDirtyBitmapOrStr"
 )
 
-// param is one argument of a command.
+// param is one argument of a command, or a member of such an argument.
 type param struct {
 	name     string
 	kind     kind
 	required bool
 	values   []string // what a string, or each of texts, may be; nil: anything
+	fields   *fields  // of nested and nodeRef
+}
+
+// fields are the members of an object. Where it is a union, tag is the
+// member whose value says which branch of further members it has.
+type fields struct {
+	params   []param
+	tag      string
+	branches map[string][]param
 }
 
 // args are the arguments of a command, checked against its params: an
-// argument has the Go type of its kind (bool, string, int64, []string), or is
-// not there.
+// argument has the Go type of its kind (bool, string, int64, []string; args for
+// nested; string or args for nodeRef, or nil; []bitmap), or is not there.
 type args map[string]any
+
+// bitmap names a dirty bitmap; node is "" if it is that of the export.
+type bitmap struct{ node, name string }
 
 // arg returns the argument, or the zero value if it is not there.
 func arg[T any](a args, name string) T {
@@ -35,37 +55,61 @@ func arg[T any](a args, name string) T {
 	return v
 }
 
+// argOr returns the argument, or otherwise if it is not there.
+func argOr[T any](a args, name string, otherwise T) T {
+	if v, ok := a[name].(T); ok {
+		return v
+	}
+	return otherwise
+}
+
 // check turns the given arguments, nil for none, into args. All errors are
-// found here, before a command has any effect.
-func check(params []param, given *object) (args, error) {
+// found here, before a command has any effect. As in QEMU errors name a member
+// by its whole path, but for values that are not among those allowed.
+func (f *fields) check(path string, given *object) (args, error) {
 	if given == nil {
 		given = &object{}
 	}
-	checked := make(args, len(params))
-	for _, p := range params {
-		v, ok := given.values[p.name]
-		if !ok {
-			if p.required {
-				return nil, generic("Parameter '%s' is missing", p.name)
-			}
-			continue
-		}
-		c, err := p.check(v)
-		if err != nil {
+	checked := make(args, len(f.params))
+	if err := checkAll(checked, f.params, path, given); err != nil {
+		return nil, err
+	}
+	known := f.params
+	if f.tag != "" {
+		branch := f.branches[arg[string](checked, f.tag)]
+		if err := checkAll(checked, branch, path, given); err != nil {
 			return nil, err
 		}
-		checked[p.name] = c
+		known = slices.Concat(known, branch)
 	}
 	for _, name := range given.names {
-		if !slices.ContainsFunc(params, func(p param) bool { return p.name == name }) {
-			return nil, generic("Parameter '%s' is unexpected", name)
+		if !slices.ContainsFunc(known, func(p param) bool { return p.name == name }) {
+			return nil, generic("Parameter '%s' is unexpected", path+name)
 		}
 	}
 	return checked, nil
 }
 
-func (p param) check(v any) (any, error) {
-	wrong := generic("Invalid parameter type for '%s', expected: %s", p.name, p.kind)
+func checkAll(checked args, params []param, path string, given *object) error {
+	for _, p := range params {
+		v, ok := given.values[p.name]
+		if !ok {
+			if p.required {
+				return generic("Parameter '%s' is missing", path+p.name)
+			}
+			continue
+		}
+		c, err := p.check(path, v)
+		if err != nil {
+			return err
+		}
+		checked[p.name] = c
+	}
+	return nil
+}
+
+func (p param) check(path string, v any) (any, error) {
+	expected := p.kind
 	switch p.kind {
 	case boolean:
 		if b, ok := v.(bool); ok {
@@ -75,32 +119,82 @@ func (p param) check(v any) (any, error) {
 		if s, ok := v.(string); ok {
 			return s, p.allowed(p.name, s)
 		}
-	case integer:
-		if n, ok := v.(number); ok {
-			if i, err := strconv.ParseInt(string(n), 10, 64); err == nil {
-				return i, nil
-			}
+	case integer, uint32s:
+		expected = integer
+		n, ok := v.(number)
+		if !ok {
+			break
+		}
+		i, err := strconv.ParseInt(string(n), 10, 64)
+		if p.kind == uint32s && (i < 0 || i > math.MaxUint32) {
+			return nil, generic("Parameter '%s' expects %s", path+p.name, uint32s)
+		}
+		if err == nil {
+			return i, nil
 		}
 	case texts:
-		list, ok := v.([]any)
-		if !ok {
-			return nil, wrong
+		if list, ok := v.([]any); ok {
+			return p.texts(path, list)
 		}
-		all := make([]string, len(list))
-		for i, e := range list {
-			name := fmt.Sprintf("%s[%d]", p.name, i)
-			s, ok := e.(string)
-			if !ok {
-				return nil, generic("Invalid parameter type for '%s', expected: %s", name, text)
+	case nested:
+		if o, ok := v.(*object); ok {
+			return p.fields.check(path+p.name+".", o)
+		}
+	case nodeRef, nodeRefOrNull:
+		switch v := v.(type) {
+		case nil:
+			if p.kind == nodeRefOrNull {
+				return nil, nil
 			}
-			if err := p.allowed(name, s); err != nil {
+		case string:
+			return v, nil
+		case *object:
+			return p.fields.check(path+p.name+".", v)
+		}
+		path = "" // as in QEMU
+	case bitmaps:
+		expected = texts
+		if list, ok := v.([]any); ok {
+			return p.bitmaps(path, list)
+		}
+	}
+	return nil, generic("Invalid parameter type for '%s', expected: %s", path+p.name, expected)
+}
+
+func (p param) texts(path string, list []any) ([]string, error) {
+	all := make([]string, len(list))
+	for i, e := range list {
+		name := fmt.Sprintf("%s[%d]", p.name, i)
+		s, ok := e.(string)
+		if !ok {
+			return nil, generic("Invalid parameter type for '%s', expected: %s", path+name, text)
+		}
+		if err := p.allowed(name, s); err != nil {
+			return nil, err
+		}
+		all[i] = s
+	}
+	return all, nil
+}
+
+func (p param) bitmaps(path string, list []any) ([]bitmap, error) {
+	of := fields{params: []param{{name: "node", kind: text, required: true}, {name: "name", kind: text, required: true}}}
+	all := make([]bitmap, len(list))
+	for i, e := range list {
+		switch e := e.(type) {
+		case string:
+			all[i] = bitmap{name: e}
+		case *object:
+			a, err := of.check(fmt.Sprintf("%s%s[%d].", path, p.name, i), e)
+			if err != nil {
 				return nil, err
 			}
-			all[i] = s
+			all[i] = bitmap{node: arg[string](a, "node"), name: arg[string](a, "name")}
+		default:
+			return nil, generic("Invalid parameter type for 'null', expected: %s", bitmaps) // QEMU's words
 		}
-		return all, nil
 	}
-	return nil, wrong
+	return all, nil
 }
 
 func (p param) allowed(name, s string) error {

@@ -148,7 +148,7 @@ func (s *Signals) lastWords(sig os.Signal) {
 	}
 	var owned []string
 	for _, t := range registry.Targets() {
-		if t.Export.Writable && t.Machine.Status().State.Owns() {
+		if !t.readOnly() && t.Machine.Status().State.Owns() {
 			owned = append(owned, t.Image.Info().Path)
 		}
 	}

@@ -27,7 +27,9 @@ type ImageStatus struct {
 	Format   string `json:"format"`
 	Size     int64  `json:"size"`
 	ReadOnly bool   `json:"read-only"`
-	Export   Export `json:"export"`
+	// Export is the first of Exports, empty if there is none.
+	Export  Export   `json:"export"`
+	Exports []Export `json:"exports"`
 
 	State State     `json:"state"`
 	Epoch uint64    `json:"epoch"` // of the last activation
@@ -131,10 +133,13 @@ func (t *Target) Status() ImageStatus {
 	m, info := t.Machine.Status(), t.Image.Info()
 	s := ImageStatus{
 		Node: t.Node, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
-		ReadOnly: info.ReadOnly || !t.Export.Writable, Export: t.Export,
+		ReadOnly: t.readOnly(), Exports: t.Exports(),
 		State: State(m.State.String()), Epoch: m.Epoch, Since: m.Since, Step: string(m.Step),
 		Cause: errorText(m.Cause), LastError: errorText(m.LastError),
 		Locks: Locks{Held: "unknown", Scope: "unknown"},
+	}
+	if len(s.Exports) > 0 {
+		s.Export = s.Exports[0]
 	}
 	if m.Step != "" {
 		s.StepSeconds = time.Since(m.StepSince).Seconds()

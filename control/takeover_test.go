@@ -364,7 +364,7 @@ func TestTakeoverRequestCalledOff(t *testing.T) {
 func TestTakeoverRequestAbandoned(t *testing.T) {
 	ours, theirs := pair(t)
 	defer ours.Close()
-	s := &session{nc: theirs}
+	s := &session{out: &outbox{nc: theirs}}
 	defer theirs.Close()
 	if s.abandoned() {
 		t.Error("taken for gone")

@@ -47,11 +47,14 @@ func (c *Client) requestTakeover(ctx context.Context, node string, me asker) (a 
 
 // takeover is x-takeover.
 func (s *session) takeover(a args) (any, error) {
-	ts, err := s.server.cfg.Registry.order(nodes(a))
-	if err != nil {
-		return nil, err
+	r, node := s.server.cfg.Registry, arg[string](a, "node-name")
+	t, by := r.target(node), asker{arg[string](a, "host"), int(arg[int64](a, "pid"))}
+	switch {
+	case r.isStopping():
+		return nil, errStopping
+	case t == nil:
+		return nil, noNode(node)
 	}
-	t, by := ts[0], asker{arg[string](a, "host"), int(arg[int64](a, "pid"))}
 	began := time.Now()
 	answer, err := t.giveTo(by, s.abandoned)
 	log := s.server.cfg.Log.With(zap.String("image", t.Image.Info().Path), zap.Stringer("peer", by))
@@ -110,6 +113,7 @@ func (t *Target) giveTo(by asker, abandoned func() bool) (takeoverAnswer, error)
 	if err := state.Inactivate(ctx, t.Machine); err != nil {
 		return takeoverAnswer{}, err
 	}
+	t.setFileActive(false)
 	return takeoverAnswer{Granted: true, Owned: true}, nil
 }
 
@@ -130,7 +134,7 @@ func (t *Takeover) race(by asker) takeoverAnswer {
 
 // abandoned reports whether the client has hung up.
 func (c *session) abandoned() bool {
-	sc, ok := c.nc.(syscall.Conn)
+	sc, ok := c.out.nc.(syscall.Conn)
 	if !ok {
 		return false
 	}

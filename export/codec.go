@@ -41,18 +41,26 @@ type terms struct {
 	trans      uint16 // transmission flags
 	structured bool
 	context    bool // base:allocation was selected
+	// writeThrough: everything is written as with FUA.
+	writeThrough bool
 }
 
 // contextID is the metadata context id of base:allocation, the only one.
 const contextID = 1
 
 func newCodec(t terms) *codec {
-	return &codec{
+	c := &codec{
 		size:       t.size,
 		structured: t.structured,
 		contextID:  contextID,
 		rules:      rules(t.trans, t.context && t.structured),
 	}
+	if t.writeThrough {
+		for i := range c.rules {
+			c.rules[i].always = c.rules[i].honour & wire.CmdFlagFUA
+		}
+	}
+	return c
 }
 
 // ended says why the client was sent away after a reply, if it was.
@@ -93,7 +101,7 @@ func (c *codec) Decode(b []byte, r *ioloop.Request) (int, error) {
 	}
 	rule := &c.rules[cmd]
 	r.Op = rule.op
-	r.Flags = flagTable[flags&rule.honour]
+	r.Flags = flagTable[flags&rule.honour|rule.always]
 	r.Offset = int64(offset)
 	r.Length = int64(length)
 	return wire.RequestSize, nil

@@ -12,6 +12,9 @@ import (
 	"github.com/nbd-export/nbd-export/ioloop"
 )
 
+// MaxName is the longest name or description of an export, in bytes.
+const MaxName = wire.MaxString
+
 // Export is a disk under a name. Its fields do not change once it is added to
 // Exports.
 type Export struct {
@@ -25,6 +28,9 @@ type Export struct {
 	// ReadOnly exports refuse every write, whoever owns the image. An export
 	// of an image that is never opened for writing is read-only anyway.
 	ReadOnly bool
+	// WriteThrough exports make every write, discard and zeroing durable
+	// before it is acknowledged.
+	WriteThrough bool
 }
 
 func (e *Export) readOnly() bool { return e.ReadOnly || e.Disk.Image.Info().ReadOnly }

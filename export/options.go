@@ -178,10 +178,11 @@ func (h *handshake) agree(f facts) agreement {
 	return agreement{
 		export: f.export,
 		terms: terms{
-			size:       f.size,
-			trans:      f.trans,
-			structured: h.structured,
-			context:    h.meta.allocation && h.meta.export == f.export.Name,
+			size:         f.size,
+			trans:        f.trans,
+			structured:   h.structured,
+			context:      h.meta.allocation && h.meta.export == f.export.Name,
+			writeThrough: f.export.WriteThrough,
 		},
 	}
 }

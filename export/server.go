@@ -72,7 +72,7 @@ type Server struct {
 	listeners map[net.Listener]struct{}
 	conns     map[*conn]struct{}
 	gone      map[*Export]chan struct{} // who waits for the last connection
-	accepted  uint64 // connections so far
+	accepted  uint64                    // connections so far
 }
 
 func (s *Server) init() {

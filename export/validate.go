@@ -26,6 +26,7 @@ type rule struct {
 	known  bool
 	flags  uint16 // command flags accepted
 	honour uint16 // of these, the ones that mean something to the loop
+	always uint16 // taken as given
 	// past is the code for a range that leaves the export.
 	past uint32
 	// refuse, if set, is why the command is not for this export.

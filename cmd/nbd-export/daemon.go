@@ -61,12 +61,11 @@ type daemon struct {
 	opt      daemonOptions
 	log      *zap.Logger
 	registry control.Registry
-	exports  export.Exports
 	engine   *ioloop.Engine
-	server   *export.Server
+	nbd      *control.NBD
 	control  *control.Server
 
-	listeners       []net.Listener // of server
+	listeners       []net.Listener // of nbd, until it serves them
 	controlListener net.Listener   // nil for none
 	pidFile         *control.PIDFile
 	failed          chan error    // a listener failed for good
@@ -78,9 +77,15 @@ type daemon struct {
 func newDaemon(opt daemonOptions, log *zap.Logger) *daemon {
 	d := &daemon{opt: opt, log: log, failed: make(chan error, 8), quit: make(chan struct{})}
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Log: log})
-	d.server = &export.Server{Exports: &d.exports, Mover: d.engine, Log: log, Shared: opt.shared}
+	d.nbd = &control.NBD{Mover: d.engine, Log: log, Failed: func(err error) {
+		select {
+		case d.failed <- err:
+		default: // another failure stops the process already
+		}
+	}}
 	d.control = control.NewServer(control.Config{
-		Registry: &d.registry, Version: version, Log: log,
+		Registry: &d.registry, NBD: d.nbd, Version: version, Log: log,
+		Open: func(o backend.Options) (*control.Target, error) { return d.open(imageOptions{Options: o}) },
 		Quit: func() { close(d.quit) },
 	})
 	return d
@@ -103,6 +108,9 @@ func (d *daemon) listen() error {
 		}
 		d.controlListener = l
 	}
+	if d.opt.unix != "" || d.opt.tcp != "" {
+		d.nbd.Reserve()
+	}
 	if d.opt.unix != "" {
 		l, err := export.ListenUnix(d.opt.unix)
 		if err != nil {
@@ -122,20 +130,40 @@ func (d *daemon) listen() error {
 
 // add opens an image, inactive, and puts it under control and on the exports.
 func (d *daemon) add(opt imageOptions) error {
+	target, err := d.open(opt)
+	if err != nil {
+		return err
+	}
+	index := len(d.registry.Targets())
+	target.Node = fmt.Sprintf("image%d", index)
+	target.Export = control.Export{
+		ID: fmt.Sprintf("export%d", index), Name: opt.name, Description: opt.description, Writable: !opt.ReadOnly,
+	}
+	target.Served = &export.Export{Name: opt.name, Description: opt.description, Disk: target.Disk, ReadOnly: opt.ReadOnly}
+	if err := d.registry.Add(target); err != nil {
+		return errors.Join(err, state.Stop(target.Machine))
+	}
+	if !opt.inactive {
+		d.activate = append(d.activate, target.Node)
+	}
+	return d.nbd.Add(target.Served)
+}
+
+// open opens an image, inactive, with all that serves it but nodes and exports.
+func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 	log := d.log.With(zap.String("image", opt.Path))
 	if d.opt.control != "" {
 		address, err := filepath.Abs(d.opt.control)
 		if err != nil {
-			return fmt.Errorf("control socket %s: %w", d.opt.control, err)
+			return nil, fmt.Errorf("control socket %s: %w", d.opt.control, err)
 		}
 		opt.ControlAddress = address
 	}
 	opt.Warn = func(text string) { log.Warn(text) }
 	img, hooks, err := openImage(opt.Options)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	index := len(d.registry.Targets())
 	takeover := opt.demand.takeover(d)
 	observe := control.Observe(state.Options{
 		ReadOnly: opt.ReadOnly, Hold: opt.demand.inactive.hold, Wanted: takeover.Want,
@@ -151,10 +179,7 @@ func (d *daemon) add(opt imageOptions) error {
 	m := state.NewMachine(img, hooks(observe))
 	disk := ioloop.NewDisk(img, m)
 	target := &control.Target{
-		Node: fmt.Sprintf("image%d", index), Machine: m, Image: img, Direct: opt.Cache == backend.CacheNone,
-		Export: control.Export{
-			ID: fmt.Sprintf("export%d", index), Name: opt.name, Description: opt.description, Writable: !opt.ReadOnly,
-		},
+		Machine: m, Image: img, Disk: disk, Direct: opt.Cache == backend.CacheNone,
 		Stats: disk.Stats,
 		Record: func() control.Record {
 			p := img.RecordPlace()
@@ -166,13 +191,7 @@ func (d *daemon) add(opt imageOptions) error {
 		target.Device = st.Mode()&os.ModeDevice != 0
 	}
 	takeover.Serve(&d.registry, target)
-	if err := d.registry.Add(target); err != nil {
-		return errors.Join(err, img.Close())
-	}
-	if !opt.inactive {
-		d.activate = append(d.activate, target.Node)
-	}
-	return d.exports.Add(&export.Export{Name: opt.name, Description: opt.description, Disk: disk, ReadOnly: opt.ReadOnly})
+	return target, nil
 }
 
 // run activates what is to be active, serves, and returns when it is told to
@@ -205,12 +224,10 @@ func (d *daemon) run(signals *control.Signals) error {
 		}
 	}
 	d.serving.Store(true)
-	for _, l := range d.listeners {
-		go func() {
-			if err := d.server.Serve(l); !errors.Is(err, export.ErrServerClosed) {
-				d.failed <- fmt.Errorf("cannot accept connections on %s: %w", l.Addr(), err)
-			}
-		}()
+	if len(d.listeners) > 0 {
+		if err := d.nbd.Start(control.NBDOptions{Shared: d.opt.shared}, d.listeners...); err != nil {
+			return err
+		}
 	}
 	if d.pidFile != nil {
 		if err := d.pidFile.Publish(); err != nil {
@@ -219,6 +236,9 @@ func (d *daemon) run(signals *control.Signals) error {
 	}
 	for _, l := range d.listeners {
 		d.log.Info("listening", zap.String("on", l.Addr().Network()+":"+l.Addr().String()))
+	}
+	if len(d.listeners) == 0 {
+		d.log.Info("taking orders", zap.String("control", d.opt.control))
 	}
 	signals.Ready(&d.registry, d.log)
 	select {
@@ -235,7 +255,7 @@ func (d *daemon) close() error {
 	if !d.serving.Load() {
 		log = zap.NewNop()
 	}
-	err := control.Stop(&d.registry, d.server, log)
+	err := control.Stop(&d.registry, d.nbd, log)
 	d.control.Close()
 	// Those that nobody served yet are still open.
 	for _, l := range d.listeners {

@@ -26,7 +26,7 @@ func main() {
 	// Signals are orders to a server from its first moment. Other verbs keep
 	// what a terminal's user expects.
 	var signals *control.Signals
-	if len(os.Args) > 1 && os.Args[1] == "serve" {
+	if len(os.Args) > 1 && (os.Args[1] == "serve" || os.Args[1] == "daemon") {
 		signals = control.CatchSignals()
 	}
 	os.Exit(run(newRootCommand(signals), os.Args[1:]))
@@ -53,7 +53,8 @@ func run(root *cobra.Command, args []string) int {
 	return 1
 }
 
-// newRootCommand assembles the verbs. signals is nil unless the verb is serve.
+// newRootCommand assembles the verbs. signals is nil unless the verb is serve or
+// daemon.
 func newRootCommand(signals *control.Signals) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "nbd-export",
@@ -83,6 +84,7 @@ stay connected, by a signal or over the control socket.`,
 	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable .HasParent}}", 1))
 	root.AddCommand(
 		newServeCommand(signals),
+		newDaemonCommand(signals),
 		newActivateCommand(),
 		newInactivateCommand(),
 		newHandoverCommand(),
