@@ -249,8 +249,11 @@ func (r *Raw) Flush() error {
 }
 
 // Discard implements Image by punching a hole, and does nothing where that
-// cannot be done.
+// cannot be done, or is not wanted.
 func (r *Raw) Discard(off, n int64) error {
+	if r.opts.IgnoreDiscard {
+		return nil
+	}
 	return r.erase("discard", off, n, func(f *File) error {
 		err := f.Punch(off, n)
 		if isErrno(err, unix.EOPNOTSUPP) {
