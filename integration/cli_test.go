@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-var verbs = []string{"serve", "activate", "inactivate", "handover", "control-stdio", "status", "bench", "demo", "version"}
+var verbs = []string{"serve", "daemon", "activate", "inactivate", "handover", "control-stdio", "status", "bench", "demo", "version"}
 
 func TestHelp(t *testing.T) {
 	top := cli(t, "--help")
@@ -65,6 +65,8 @@ func TestWrongUsage(t *testing.T) {
 		{},
 		{"no-such-verb"},
 		{"serve"},
+		{"daemon"},
+		{"daemon", "--control", "ctl", image},
 		{"serve", image, image},
 		{"serve", ""},
 		{"serve", "--no-such-flag", image},
