@@ -223,14 +223,15 @@ func checkContents(r *Registry, t *Target, e *blockExport, a args) error {
 	if e.Writable && t.readOnly() {
 		return generic("Block node is read-only")
 	}
-	for _, b := range arg[[]bitmap](a, "bitmaps") {
-		switch {
+	if list := arg[[]bitmap](a, "bitmaps"); len(list) > 0 {
+		switch b := list[0]; {
 		case b.node == "":
 			return generic("Bitmap '%s' is not found", b.name)
 		case r.target(b.node) == nil:
 			return generic("Node '%s' not found", b.node)
+		default:
+			return generic("Dirty bitmap '%s' not found", b.name)
 		}
-		return generic("Dirty bitmap '%s' not found", b.name)
 	}
 	if arg[bool](a, "allocation-depth") {
 		return generic("Parameter 'allocation-depth' is not supported: nbd-export has base:allocation only")

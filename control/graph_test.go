@@ -37,7 +37,7 @@ func newGraph(t *testing.T) *graph {
 	t.Helper()
 	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool)}
 	engine := ioloop.NewEngine(ioloop.Config{})
-	n := &NBD{Mover: engine, Log: zap.NewNop(), Failed: func(err error) { t.Errorf("listener: %v", err) }}
+	n := &NBD{Mover: engine, Log: zap.NewNop()}
 	t.Cleanup(func() { _ = n.Shutdown(context.Background()) })
 	g.config = Config{Registry: g.Registry, NBD: n, Open: g.openImage, Version: "test"}
 	return g

@@ -20,8 +20,6 @@ type NBD struct {
 	// Mover and Log are those of export.Server.
 	Mover export.Mover
 	Log   *zap.Logger
-	// Failed is told of a listener that fails for good. It must not wait.
-	Failed func(error)
 
 	mu       sync.Mutex // see Registry for the lock order
 	exports  export.Exports
@@ -48,6 +46,8 @@ func (n *NBD) taken() bool {
 type NBDOptions struct {
 	Shared           int           // as in export.Server
 	HandshakeTimeout time.Duration // as in export.Server; negative for none
+	// Failed is told of a listener that fails for good; nil logs it.
+	Failed func(error)
 }
 
 var (
@@ -73,14 +73,17 @@ func (n *NBD) Start(opt NBDOptions, ls ...net.Listener) error {
 		}
 		return err
 	}
+	if opt.Failed == nil {
+		opt.Failed = func(err error) { n.Log.Error("the NBD server does not listen any more", zap.Error(err)) }
+	}
 	server := &export.Server{
 		Exports: &n.exports, Mover: n.Mover, Log: n.Log, Shared: opt.Shared, HandshakeTimeout: opt.HandshakeTimeout,
 	}
 	n.server, n.reserved = server, false
 	for _, l := range ls {
 		go func() {
-			if err := server.Serve(l); !errors.Is(err, export.ErrServerClosed) && n.Failed != nil {
-				n.Failed(fmt.Errorf("cannot accept connections on %s: %w", l.Addr(), err))
+			if err := server.Serve(l); !errors.Is(err, export.ErrServerClosed) {
+				opt.Failed(fmt.Errorf("cannot accept connections on %s: %w", l.Addr(), err))
 			}
 		}()
 	}

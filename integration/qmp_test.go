@@ -45,26 +45,24 @@ func startManager(t testing.TB, kind string) *manager {
 	return m
 }
 
-// receive returns the next message; events are noted on the way.
+// receive returns the next message; an event is noted.
 func (m *manager) receive() map[string]any {
 	m.t.Helper()
-	for {
-		var r map[string]any
-		m.q.SetReadDeadline(time.Now().Add(startTimeout))
-		if err := m.q.dec.Decode(&r); err != nil {
-			m.t.Fatalf("%s: control socket: %v", m.kind, err)
-		}
-		name, ok := r["event"].(string)
-		if !ok {
-			return r
-		}
-		data, _ := r["data"].(map[string]any)
-		if stamp, ok := r["timestamp"].(map[string]any); !ok || stamp["seconds"] == nil || stamp["microseconds"] == nil || len(r) != 3 {
-			m.t.Errorf("%s: event %v", m.kind, r)
-		}
-		m.events = append(m.events, fmt.Sprint(name, " ", data["id"]))
+	var r map[string]any
+	m.q.SetReadDeadline(time.Now().Add(startTimeout))
+	if err := m.q.dec.Decode(&r); err != nil {
+		m.t.Fatalf("%s: control socket: %v", m.kind, err)
+	}
+	name, ok := r["event"].(string)
+	if !ok {
 		return r
 	}
+	data, _ := r["data"].(map[string]any)
+	if stamp, ok := r["timestamp"].(map[string]any); !ok || stamp["seconds"] == nil || stamp["microseconds"] == nil || len(r) != 3 {
+		m.t.Errorf("%s: event %v", m.kind, r)
+	}
+	m.events = append(m.events, fmt.Sprint(name, " ", data["id"]))
+	return r
 }
 
 // ask sends a command, "name {arguments}", and returns its answer.

@@ -77,12 +77,7 @@ type daemon struct {
 func newDaemon(opt daemonOptions, log *zap.Logger) *daemon {
 	d := &daemon{opt: opt, log: log, failed: make(chan error, 8), quit: make(chan struct{})}
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Log: log})
-	d.nbd = &control.NBD{Mover: d.engine, Log: log, Failed: func(err error) {
-		select {
-		case d.failed <- err:
-		default: // another failure stops the process already
-		}
-	}}
+	d.nbd = &control.NBD{Mover: d.engine, Log: log}
 	d.control = control.NewServer(control.Config{
 		Registry: &d.registry, NBD: d.nbd, Version: version, Log: log,
 		Open: func(o backend.Options) (*control.Target, error) { return d.open(imageOptions{Options: o}) },
@@ -225,7 +220,7 @@ func (d *daemon) run(signals *control.Signals) error {
 	}
 	d.serving.Store(true)
 	if len(d.listeners) > 0 {
-		if err := d.nbd.Start(control.NBDOptions{Shared: d.opt.shared}, d.listeners...); err != nil {
+		if err := d.nbd.Start(control.NBDOptions{Shared: d.opt.shared, Failed: func(err error) { d.failed <- err }}, d.listeners...); err != nil {
 			return err
 		}
 	}
