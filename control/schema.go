@@ -110,6 +110,9 @@ func checkAll(checked args, params []param, path string, given *object) error {
 
 func (p param) check(path string, v any) (any, error) {
 	expected := p.kind
+	if w, ok := v.(word); ok {
+		v = w.as(p.kind)
+	}
 	switch p.kind {
 	case boolean:
 		if b, ok := v.(bool); ok {

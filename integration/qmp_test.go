@@ -28,15 +28,22 @@ type manager struct {
 
 var managers = []string{"nbd-export", "qemu-storage-daemon"}
 
-func startManager(t testing.TB, kind string) *manager {
+// startManager starts a daemon with more flags, which both have.
+func startManager(t testing.TB, kind string, flags ...string) *manager {
 	t.Helper()
-	m := &manager{t: t, kind: kind, dir: shortDir(t)}
+	return startManagerIn(t, kind, shortDir(t), flags...)
+}
+
+func startManagerIn(t testing.TB, kind, dir string, flags ...string) *manager {
+	t.Helper()
+	m := &manager{t: t, kind: kind, dir: dir}
 	control, pidFile := filepath.Join(m.dir, "ctl"), filepath.Join(m.dir, "pid")
 	argv := []string{program(t), "daemon", "--control", control, "--pid-file", pidFile}
 	if kind == "qemu-storage-daemon" {
 		need(t, kind, "qemu-system-common")
 		argv = []string{kind, "--chardev", "socket,id=c,server=on,wait=off,path=" + control, "--monitor", "chardev=c", "--pidfile", pidFile}
 	}
+	argv = append(argv, flags...)
 	m.process = spawn(t, kind, func(c *exec.Cmd) { c.Dir = m.dir }, argv...)
 	waitReady(m.process, pidFile)
 	m.q = dialQMP(t, control)
@@ -208,6 +215,41 @@ func TestStorageDaemonScript(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A daemon can be given its first nodes and exports by flags.
+func TestStorageDaemonFlags(t *testing.T) {
+	for _, kind := range managers {
+		t.Run(kind, func(t *testing.T) {
+			dir := shortDir(t)
+			if err := os.WriteFile(filepath.Join(dir, "a,b.img"), make([]byte, mib), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			m := startManagerIn(t, kind, dir,
+				"--nbd-server", "addr.type=unix,max-connections=0,addr.path=nbd",
+				"--blockdev", "file,node-name=file0,discard=unmap,active=off,filename=a,,b.img",
+				"--blockdev", `{"driver":"raw","node-name":"disk0","discard":"unmap","file":"file0","active":false}`,
+				"--export", "type=nbd,id=export0,node-name=disk0,name=,writable=on,allow-inactive=on")
+			uri := nbdURI("", filepath.Join(dir, "nbd"))
+			if r := tryRun(t, "qemu-io", "-f", "raw", "-c", "write 0 4k", uri); r.code == 0 && !strings.Contains(r.stdout+r.stderr, "failed") {
+				t.Errorf("written while inactive: %+v", r)
+			}
+			m.must(`blockdev-set-active {"active":true}`)
+			run(t, "qemu-io", "-f", "raw", "-c", "write 0 4k", uri)
+			m.quit()
+		})
+	}
+	t.Run("wrong", func(t *testing.T) {
+		for _, c := range [][3]string{
+			{"--blockdev", "file,node-name=f,filename=/none/such", "Could not open '/none/such': No such file or directory"},
+			{"--blockdev", "file,node-name", "expected '='"},
+			{"--blockdev", "file,node-name=f,filename=/none,read-only=perhaps", "Invalid parameter type for 'read-only', expected: boolean"},
+			{"--export", "nbd,id=e,node-name=x", "node-name='x'"},
+			{"--nbd-server", "addr.type=unix", "Parameter 'addr.data.path' is missing"},
+		} {
+			wantFailure(t, cli(t, "daemon", "--control", filepath.Join(shortDir(t), "ctl"), c[0], c[1]), 1, c[2])
+		}
+	})
 }
 
 // serve is a daemon that was given an image: more come and go, and its own may.

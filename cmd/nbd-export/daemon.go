@@ -26,7 +26,11 @@ type daemonOptions struct {
 	pidFile string // "" for none
 	memory  int64  // bytes
 	shared  int    // connections, 0 for no limit
+	first   []startOrder
 }
+
+// startOrder is a command of the control socket that came with the start.
+type startOrder struct{ flag, command, options string }
 
 // imageOptions are one image and its export.
 type imageOptions struct {
@@ -51,6 +55,11 @@ func serve(opt daemonOptions, images []imageOptions, signals *control.Signals, l
 	for _, i := range images {
 		if err := d.add(i); err != nil {
 			return err
+		}
+	}
+	for _, o := range opt.first {
+		if err := d.control.Run(o.command, o.options); err != nil {
+			return fmt.Errorf("%s %s: %w", o.flag, o.options, err)
 		}
 	}
 	return d.run(signals)

@@ -1,0 +1,129 @@
+package control
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+)
+
+// word is a value that came as KEY=VALUE and has no type of its own. It becomes
+// what the argument is: "on" and "off" a boolean, digits a number.
+type word string
+
+// as is the value for an argument of that kind; one that does not fit stays a
+// string, which the argument then refuses.
+func (w word) as(k kind) any {
+	switch k {
+	case boolean:
+		switch w {
+		case "on", "yes", "true", "y":
+			return true
+		case "off", "no", "false", "n":
+			return false
+		}
+	case integer, uint32s:
+		return number(w)
+	}
+	return string(w)
+}
+
+// parseOptions parses the value of an option of qemu-storage-daemon: JSON, or
+// KEY=VALUE,... where a dot in a key goes into an object, and two commas are one
+// in a value (QEMU's keyval.c). The first value may go without its key, which is
+// then implied, unless that is "".
+func parseOptions(text, implied string) (*object, error) {
+	if strings.HasPrefix(text, "{") {
+		d := decoder{r: bufio.NewReader(strings.NewReader(text + " "))}
+		v, err := d.next()
+		if errors.Is(err, io.EOF) {
+			err = parseError("it ends too early")
+		}
+		if err != nil {
+			return nil, err
+		}
+		return v.(*object), nil // it began with a brace
+	}
+	if first, _, _ := strings.Cut(text, ","); implied != "" && first != "" && !strings.Contains(first, "=") {
+		text = implied + "=" + text
+	}
+	root := &object{values: make(map[string]any)}
+	for text != "" {
+		key, rest, ok := strings.Cut(text, "=")
+		if !ok || strings.Contains(key, ",") {
+			return nil, fmt.Errorf("expected '=' after parameter '%s'", strings.SplitN(text, ",", 2)[0])
+		}
+		var value strings.Builder
+		for rest != "" {
+			before, after, comma := strings.Cut(rest, ",")
+			value.WriteString(before)
+			rest = after
+			if !comma || !strings.HasPrefix(after, ",") {
+				break
+			}
+			value.WriteByte(',')
+			rest = after[1:]
+		}
+		text = rest
+		if err := root.put(key, word(value.String())); err != nil {
+			return nil, err
+		}
+	}
+	return root, nil
+}
+
+// put sets a member by its path; the last one given counts.
+func (o *object) put(path string, v word) error {
+	names := strings.Split(path, ".")
+	for i, name := range names {
+		old, there := o.values[name]
+		if name == "" {
+			return fmt.Errorf("invalid parameter '%s'", path)
+		}
+		if !there {
+			o.names = append(o.names, name)
+		}
+		below, isObject := old.(*object)
+		last := i == len(names)-1
+		switch {
+		case there && isObject == last:
+			return fmt.Errorf("parameter '%s' is used both as a value and as an object", strings.Join(names[:i+1], "."))
+		case last:
+			o.values[name] = v
+		case !there:
+			below = &object{values: make(map[string]any)}
+			o.values[name] = below
+		}
+		o = below
+	}
+	return nil
+}
+
+// Run carries out a command that came with the start of the process: its
+// options are those of qemu-storage-daemon's --blockdev, --export and
+// --nbd-server, whose addr is flat.
+func (s *Server) Run(command, options string) error {
+	implied := map[string]string{"blockdev-add": "driver", "block-export-add": "type"}[command]
+	given, err := parseOptions(options, implied)
+	if err != nil {
+		return err
+	}
+	if addr, ok := given.values["addr"].(*object); ok && command == "nbd-server-start" {
+		data := &object{values: addr.values}
+		for _, name := range addr.names {
+			if name != "type" {
+				data.names = append(data.names, name)
+			}
+		}
+		given.values["addr"] = &object{
+			names: []string{"type", "data"}, values: map[string]any{"type": addr.values["type"], "data": data},
+		}
+	}
+	cmd := findCommand(command)
+	checked, err := cmd.check("", given)
+	if err == nil {
+		_, err = cmd.run(&session{server: s}, checked)
+	}
+	return err
+}
