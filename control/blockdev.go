@@ -170,6 +170,7 @@ func (s *session) addTarget(t, old *Target) error {
 	t.fileActive = t.file.active
 	if t.format != nil && t.format.active {
 		err = state.Activate(context.Background(), state.ActivateOptions{}, t.Machine)
+		t.fileActive = false
 	}
 	if err == nil {
 		err = s.server.cfg.Registry.publish(t, old)

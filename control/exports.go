@@ -176,7 +176,7 @@ func (s *session) blockExportAdd(a args) (any, error) {
 			r.dropExport(e)
 			return nil, err
 		}
-		t.setFileActive(true)
+		t.setFileActive(false) // the machine has it from here on
 	}
 	if err := n.add(e.served, func() { r.exportReady(e) }); err != nil {
 		r.dropExport(e)

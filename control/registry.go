@@ -217,7 +217,10 @@ func (r *Registry) order(nodes []string) (o order, err error) {
 
 // done notes what the order has made of file nodes.
 func (o order) done(active bool) {
-	for _, t := range slices.Concat(o.targets, o.files) {
+	for _, t := range o.targets {
+		t.setFileActive(false)
+	}
+	for _, t := range o.files {
 		t.setFileActive(active)
 	}
 }
@@ -273,6 +276,11 @@ func (r *Registry) Inactivate(ctx context.Context, opt InactivateOptions, nodes 
 		// Its error says what is lost, which is logged; the images are given
 		// up all the same. One that is not is refused below.
 		_ = state.Abandon(ctx, failed...)
+	}
+	for _, t := range o.targets {
+		if t.Machine.Status().State != state.Inactive {
+			t.setFileActive(false) // before it counts
+		}
 	}
 	if err := state.Inactivate(ctx, machines(o.targets)...); err != nil {
 		return err

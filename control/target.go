@@ -46,9 +46,11 @@ type Target struct {
 	// held is checked to be registered still. It is taken before all other locks.
 	edit sync.Mutex
 
-	mu         sync.Mutex     // a leaf
-	exports    []*blockExport // the oldest first
-	fileActive bool           // see active
+	mu      sync.Mutex     // a leaf
+	exports []*blockExport // the oldest first
+	// fileActive: the file node was activated without what is above it. It
+	// counts while the machine is inactive, and is false once that was active.
+	fileActive bool
 }
 
 // Export is the NBD side of a Target.
