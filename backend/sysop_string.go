@@ -6,7 +6,7 @@ var sysopNames = [...]string{
 	opOpen: "open", opReopen: "reopen", opClose: "close",
 	opRead: "read", opTryRead: "try-read",
 	opWrite: "write", opTryWrite: "try-write", opWriteDsync: "write-dsync", opSync: "sync",
-	opPunch: "punch", opZeroRange: "zero-range", opAllocate: "allocate",
+	opPunch: "punch", opZeroRange: "zero-range", opAllocate: "allocate", opTruncate: "truncate",
 	opSeek: "seek", opStat: "stat", opAdvise: "advise",
 	opLock: "lock", opTestLock: "test-lock", opListLocks: "list-locks",
 	opRecordOpen: "record-open", opRecordRead: "record-read", opRecordUnlink: "record-unlink",

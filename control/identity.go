@@ -75,7 +75,7 @@ func noteFor(nonce, node string) string { return nonce + "/" + node }
 func (t *Target) identify(nonce string) (Identity, error) {
 	info := t.Image.Info()
 	i := Identity{
-		Node: t.Node, Export: t.Export.Name, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
+		Node: t.Node, Export: t.firstExport().Name, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
 		Active: t.Machine.Status().State.Owns(),
 	}
 	img, ok := t.Image.(identifier)

@@ -133,13 +133,10 @@ func (t *Target) Status() ImageStatus {
 	m, info := t.Machine.Status(), t.Image.Info()
 	s := ImageStatus{
 		Node: t.Node, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
-		ReadOnly: t.readOnly(), Exports: t.Exports(),
+		ReadOnly: t.readOnly(), Export: t.firstExport(), Exports: t.Exports(),
 		State: State(m.State.String()), Epoch: m.Epoch, Since: m.Since, Step: string(m.Step),
 		Cause: errorText(m.Cause), LastError: errorText(m.LastError),
 		Locks: Locks{Held: "unknown", Scope: "unknown"},
-	}
-	if len(s.Exports) > 0 {
-		s.Export = s.Exports[0]
 	}
 	if m.Step != "" {
 		s.StepSeconds = time.Since(m.StepSince).Seconds()

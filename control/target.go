@@ -72,6 +72,14 @@ func (t *Target) Exports() []Export {
 	return list
 }
 
+// firstExport is the oldest of its exports, empty if there is none.
+func (t *Target) firstExport() (e Export) {
+	if list := t.Exports(); len(list) > 0 {
+		e = list[0]
+	}
+	return e
+}
+
 // readOnly reports whether nobody can write: no client, and no command.
 func (t *Target) readOnly() bool {
 	return t.Image.Info().ReadOnly || t.format != nil && t.format.readOnly
