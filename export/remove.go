@@ -4,6 +4,7 @@ package export
 // it, and reports whether that was so. A client in its handshake does not count:
 // it does not find the export any more.
 func (s *Server) RemoveUnused(e *Export) bool {
+	s.init()
 	s.mu.Lock() // clients enter an export under it
 	defer s.mu.Unlock()
 	if s.uses(e) {

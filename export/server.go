@@ -221,6 +221,7 @@ type ConnInfo struct {
 // Connections lists the open connections, the oldest first. It never waits
 // for a client.
 func (s *Server) Connections() []ConnInfo {
+	s.init()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	conns := slices.SortedFunc(maps.Keys(s.conns), func(a, b *conn) int { return cmp.Compare(a.number, b.number) })
@@ -237,6 +238,7 @@ func (s *Server) Connections() []ConnInfo {
 
 // Count is the number of open connections.
 func (s *Server) Count() int {
+	s.init()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.conns)
@@ -245,6 +247,7 @@ func (s *Server) Count() int {
 // Disconnect closes all connections to e at once and returns how many there
 // were. After Exports.Remove no new one comes.
 func (s *Server) Disconnect(e *Export) int {
+	s.init()
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := 0
