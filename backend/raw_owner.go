@@ -17,13 +17,7 @@ import (
 //	give up               Abandon                  PublishInactive Release
 //	activate    Acquire Load Claim     (Withdraw | PublishActive Retire)
 
-const (
-	// A sync ahead that took no longer leaves little.
-	littleLeft = 20 * time.Millisecond
-	maxAhead   = 5
-
-	dropTries = 16 // in 0.1 s
-)
+const dropTries = 16 // in 0.1 s
 
 // Key orders the images of a group for locking: by device, then inode.
 func (r *Raw) Key() (dev, ino uint64) { return r.id.dev, r.id.ino }
@@ -51,25 +45,15 @@ func (r *Raw) noteLocks(f *File) {
 	r.held.Store(&s)
 }
 
-// SyncAhead makes durable what there is while writes are still served, again
-// and again until the last time took no more than 20 ms, so that little is left
-// for Settle. ctx is looked at between the steps.
+// SyncAhead makes durable what there is while writes are still served. The
+// sync itself does not look at ctx.
 func (r *Raw) SyncAhead(ctx context.Context) error {
 	v := r.cur.Load()
-	if !v.file.writable {
-		return ctx.Err()
+	if err := ctx.Err(); err != nil || !v.file.writable {
+		return err
 	}
-	for range maxAhead {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		start := time.Now()
-		if err := v.file.Sync(); err != nil {
-			return err
-		}
-		if time.Since(start) <= littleLeft {
-			break
-		}
+	if err := v.file.Sync(); err != nil {
+		return err
 	}
 	return ctx.Err()
 }

@@ -11,12 +11,14 @@ import (
 	"go.uber.org/zap/buffer"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/nbd-export/nbd-export/ioloop"
 	"github.com/nbd-export/nbd-export/state"
 )
 
 // Observe fills in opt what logs a machine's transitions, one line for each.
 func Observe(opt state.Options, log *zap.Logger) state.Options {
-	opt.Observe = func(t state.Transition) { logTransition(log, t) }
+	pace, _ := opt.Pacer.(*ioloop.Pace)
+	opt.Observe = func(t state.Transition) { logTransition(log, t, pace) }
 	opt.SlowDrain = func(image, oldest string, age time.Duration) {
 		log.Warn("a transition waits for requests that storage has not finished",
 			zap.String("image", image), zap.String("oldest", oldest), zap.Duration("age", round(age)))
@@ -24,7 +26,7 @@ func Observe(opt state.Options, log *zap.Logger) state.Options {
 	return opt
 }
 
-func logTransition(log *zap.Logger, t state.Transition) {
+func logTransition(log *zap.Logger, t state.Transition, pace *ioloop.Pace) {
 	level, msg := zapcore.InfoLevel, "image is "+t.To.String()
 	switch t.Event {
 	case state.ActivateFailed:
@@ -50,10 +52,30 @@ func logTransition(log *zap.Logger, t state.Transition) {
 		zap.String("image", t.Image), zap.Stringer("from", t.From), zap.Stringer("to", t.To),
 		zap.Uint64("epoch", t.Epoch), zap.Duration("duration", round(t.Duration)),
 	}
+	if pace != nil && t.From == state.Inactivating {
+		fields = append(fields, aheadFields(pace.Stats())...)
+	}
+	if len(t.Steps) > 0 && log.Core().Enabled(zap.DebugLevel) {
+		var steps []string
+		for _, s := range t.Steps {
+			steps = append(steps, fmt.Sprintf("%s %v", s.Step, round(s.Took)))
+		}
+		fields = append(fields, zap.String("steps", strings.Join(steps, ", ")))
+	}
 	if t.Err != nil {
 		fields = append(fields, zap.Error(t.Err))
 	}
 	log.Log(level, msg, fields...)
+}
+
+// aheadFields say how often an image was synced ahead, how many bytes were left
+// when its gate closed, and whether its writers were slowed for that.
+func aheadFields(s ioloop.PaceStats) []zap.Field {
+	fields := []zap.Field{zap.Int("syncs", s.Syncs), zap.Uint64("left", s.Dirty)}
+	if s.Delayed > 0 {
+		fields = append(fields, zap.Duration("slowed", round(time.Duration(s.Slowed*float64(time.Second)))), zap.Uint64("delayed", s.Delayed))
+	}
+	return fields
 }
 
 // round drops the digits that nobody reads.

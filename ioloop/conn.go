@@ -67,6 +67,7 @@ type conn struct {
 	t     transport
 	codec Codec
 	disk  *Disk
+	pace  *Pace // the disk's
 	lane  *state.Lane
 	size  int64
 	out   outgoing
@@ -96,7 +97,8 @@ type conn struct {
 	plan   backend.Plan
 	batch  batch
 
-	turn turn // scheduler.mu
+	turn    turn    // scheduler.mu
+	waiters waiters // Pace.mu
 
 	// waited: the client's requests have had to wait for memory.
 	waited atomic.Bool
@@ -120,7 +122,7 @@ type conn struct {
 
 func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk, size int64) *conn {
 	c := &conn{
-		e: e, nc: nc, t: newTransport(nc), codec: codec, disk: d, size: size,
+		e: e, nc: nc, t: newTransport(nc), codec: codec, disk: d, pace: d.pace, size: size,
 		room: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	if a := nc.RemoteAddr(); a != nil {
@@ -228,6 +230,7 @@ func (c *conn) drop() {
 	for _, t := range parked {
 		t.forget()
 	}
+	c.pace.drop(c)
 }
 
 // dropHeld forgets held tasks and lets no more be held.

@@ -72,6 +72,7 @@ func NewEngine(cfg Config) *Engine {
 type Disk struct {
 	Image   backend.Image
 	Machine *state.Machine
+	pace    *Pace // nil for none
 	counts  counts
 	flushes flushes
 }
@@ -88,6 +89,7 @@ type counts struct {
 	held, heldBytes               atomic.Int64
 	reads, writes, flushes, other atomic.Uint64
 	bytesRead, bytesWritten       atomic.Uint64
+	dirtied                       atomic.Uint64 // bytes, see Pace.dirties; nothing without a Pace
 	refused, errors               atomic.Uint64
 }
 
@@ -105,18 +107,26 @@ type Stats struct {
 	BytesWritten uint64 `json:"bytes-written"`
 	Refused      uint64 `json:"refused"` // by the gate
 	Errors       uint64 `json:"errors"`  // answered with any other error
+	// Ahead is how the present inactivation syncs ahead, or the last one did;
+	// nil without a Pace.
+	Ahead *PaceStats `json:"sync-ahead,omitempty"`
 }
 
 // Stats never waits.
 func (d *Disk) Stats() Stats {
 	c := &d.counts
-	return Stats{
+	s := Stats{
 		Connections: c.connections.Load(), InFlight: c.inFlight.Load(),
 		Held: c.held.Load(), HeldBytes: c.heldBytes.Load(),
 		Reads: c.reads.Load(), Writes: c.writes.Load(), Flushes: c.flushes.Load(), Others: c.other.Load(),
 		BytesRead: c.bytesRead.Load(), BytesWritten: c.bytesWritten.Load(),
 		Refused: c.refused.Load(), Errors: c.errors.Load(),
 	}
+	if d.pace != nil {
+		a := d.pace.Stats()
+		s.Ahead = &a
+	}
+	return s
 }
 
 // Memory is how much of the budget is in use, and the budget, in bytes.

@@ -19,10 +19,11 @@ import (
 // to its reads.
 const maxHeld = maxTasks / 2
 
-// wait is start for a request that the gate did not admit.
+// wait is start for a request that was not admitted: the gate did not, or the
+// disk's Pace.
 func (c *conn) wait(t *task) {
 	c.list(t)
-	if !t.park() {
+	if !c.pace.wait(t) && !t.park() {
 		c.e.sched.submit(t)
 	}
 }

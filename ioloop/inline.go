@@ -154,6 +154,7 @@ func (c *conn) write(r *Request, payload []byte) error {
 	if !ok {
 		return errGone
 	}
+	t.passed = admitted
 	copy(t.buf.payload(r.Length), payload)
 	if admitted {
 		c.start(t)
@@ -201,6 +202,9 @@ func (c *conn) answerWrite(r *Request, err error) {
 	}
 	c.batch.writes++
 	c.batch.bytesWritten += uint64(r.Length)
+	if c.pace != nil {
+		c.batch.dirtied += uint64(c.pace.dirties(r))
+	}
 	c.replyDone(r)
 }
 
@@ -213,6 +217,10 @@ func (c *conn) admit(r *Request) (admitted, done bool, err error) {
 	var v state.Verdict
 	switch v, c.since = c.lane.EnterAgain(classOp(r.Op), 0); v {
 	case state.Admitted:
+		if !c.pass(r) {
+			c.lane.Leave() // while it waits
+			return false, false, nil
+		}
 		return true, false, nil
 	case state.Nothing:
 		return false, true, nil

@@ -11,7 +11,7 @@ const maxErrorReply = MaxHeader + 4096
 
 // batch counts what one batch did, to be added to the disk's counts at once.
 type batch struct {
-	reads, writes, bytesRead, bytesWritten, refused, errors uint64
+	reads, writes, bytesRead, bytesWritten, dirtied, refused, errors uint64
 }
 
 // flush sends the replies collected so far.
@@ -43,6 +43,7 @@ func (b *batch) addTo(d *counts) {
 	d.writes.Add(b.writes)
 	d.bytesRead.Add(b.bytesRead)
 	d.bytesWritten.Add(b.bytesWritten)
+	d.dirtied.Add(b.dirtied)
 	d.refused.Add(b.refused)
 	d.errors.Add(b.errors)
 	*b = batch{}

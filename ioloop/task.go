@@ -19,6 +19,7 @@ type task struct {
 	buf      *buffer // payload of a write, data of a read, or nil
 	lease    lease   // of the budget, until the reply is sent
 	admitted bool    // holds an admission of the lane
+	passed   bool    // need not wait for the disk's Pace
 	began    time.Time
 	since    state.Arrival // when it first asked the gate
 	chained  bool          // was held; when it has ended the next one may go
@@ -27,7 +28,7 @@ type task struct {
 	segs     []segment
 	status   []backend.Status
 
-	next         *task // scheduler.mu
+	next         *task // scheduler.mu, or Pace.mu while it waits there
 	older, newer *task // conn.mu
 }
 
@@ -259,6 +260,9 @@ func (t *task) try() (ended bool) {
 		t.forget()
 		return true
 	}
+	if !t.admitted && c.pace.wait(t) {
+		return false
+	}
 	for !t.admitted {
 		switch v, _ := c.lane.EnterAgain(classOp(t.req.Op), t.since); v {
 		case state.Admitted:
@@ -410,10 +414,12 @@ func (t *task) conclude(err error) {
 	case r.Op == OpWrite:
 		counts.writes.Add(1)
 		counts.bytesWritten.Add(uint64(r.Length))
+		c.noteDirty(r)
 	case r.Op == OpFlush:
 		counts.flushes.Add(1)
 	default:
 		counts.other.Add(1)
+		c.noteDirty(r)
 	}
 	if r.Op == OpStatus {
 		t.sendHead(c.codec.AppendStatus(t.heads[:0], r, t.status))

@@ -25,21 +25,23 @@ func Inactivate(ctx context.Context, ms ...*Machine) error {
 	}
 	settled := 0
 	at := StepSyncAhead
-	bad, err := op.each(func(m *Machine) error {
-		if op.ctx.Err() != nil {
-			return op.ctx.Err()
-		}
-		return m.img.SyncAhead(op.ctx)
-	})
+	bad, err := op.syncAhead()
 	if op.ctx.Err() != nil && failure(err) == InactivateFailed {
 		err = nil // interrupted; advance says by what
+	}
+	if err != nil {
+		op.unpace()
 	}
 	for _, s := range []Step{StepCloseGate, StepDrain, StepSettle, StepRelease} {
 		if err != nil {
 			break
 		}
 		at = s
-		if bad, err = op.advance(s); err != nil {
+		bad, err = op.advance(s)
+		if s == StepCloseGate {
+			op.unpace() // who waited finds the gate closed, or goes on
+		}
+		if err != nil {
 			break
 		}
 		switch s {

@@ -3,6 +3,7 @@ package state
 import (
 	"context"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 )
@@ -32,6 +33,9 @@ type Options struct {
 	// SlowDrain is called when a drain takes longer than Patience, with the
 	// oldest request admitted. It may be nil.
 	SlowDrain func(image string, oldest string, age time.Duration)
+	// Pacer is asked while the image is synced ahead; nil means that one sync
+	// will do.
+	Pacer Pacer
 	// Patience is 5 s when zero.
 	Patience time.Duration
 	// Watch is how often an active image is checked (Watcher); 1 s when zero.
@@ -45,7 +49,14 @@ type Transition struct {
 	From, To State
 	Epoch    uint64
 	Duration time.Duration
-	Err      error // why it failed, nil otherwise
+	Steps    []StepTime // that it went through, in their order
+	Err      error      // why it failed, nil otherwise
+}
+
+// StepTime is how long a step took, for the whole group.
+type StepTime struct {
+	Step Step
+	Took time.Duration
 }
 
 // Status is a snapshot of a Machine.
@@ -84,6 +95,7 @@ type Machine struct {
 		since     time.Time
 		step      Step
 		stepSince time.Time
+		past      []StepTime // before step, of the transition under way
 		cause     error
 		lastErr   error
 		// op is the transition under way. It outlives the state change that
@@ -248,6 +260,9 @@ func (m *Machine) applyLocked(ev Event, err error) (t Transition, wake []func())
 	t = Transition{Image: m.name, Event: ev, From: from, To: c.next, Epoch: m.mu.epoch, Err: err}
 	if op := m.mu.op; op != nil {
 		t.Duration = time.Since(op.began)
+		if m.mu.step != "" {
+			t.Steps = append(slices.Clone(m.mu.past), StepTime{m.mu.step, time.Since(m.mu.stepSince)})
+		}
 	}
 	return t, m.setGateLocked()
 }
@@ -308,7 +323,11 @@ func (m *Machine) observe(t Transition) {
 }
 
 func (m *Machine) setStepLocked(s Step) (wake []func()) {
-	m.mu.step, m.mu.stepSince = s, time.Now()
+	now := time.Now()
+	if m.mu.step != "" {
+		m.mu.past = append(m.mu.past, StepTime{m.mu.step, now.Sub(m.mu.stepSince)})
+	}
+	m.mu.step, m.mu.stepSince = s, now
 	return m.setGateLocked()
 }
 

@@ -160,7 +160,7 @@ func (op *operation) finish(err error) error {
 	op.err = err
 	for _, m := range op.machines {
 		m.mu.Lock()
-		m.mu.op, m.mu.step, m.mu.stepSince = nil, "", time.Time{}
+		m.mu.op, m.mu.step, m.mu.stepSince, m.mu.past = nil, "", time.Time{}, nil
 		wake := m.setGateLocked()
 		m.mu.Unlock()
 		wakeAll(wake)

@@ -26,6 +26,7 @@ type daemonOptions struct {
 	pidFile string // "" for none
 	memory  int64  // bytes
 	shared  int    // connections, 0 for no limit
+	dirty   int64  // bytes that an inactivation may leave when its gate closes
 	first   []startOrder
 }
 
@@ -169,10 +170,16 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		return nil, err
 	}
 	takeover := opt.demand.takeover(d)
-	observe := control.Observe(state.Options{
+	options := state.Options{
 		ReadOnly: opt.ReadOnly, Hold: opt.demand.inactive.hold, Wanted: takeover.Want,
 		RefuseLate: len(opt.demand.peers) > 0 && !opt.demand.back,
-	}, d.log)
+	}
+	var pace *ioloop.Pace
+	if !opt.ReadOnly && (opt.Cache == backend.CacheWriteback || opt.Cache == "") { // otherwise no write leaves anything dirty
+		pace = ioloop.NewPace(d.opt.dirty)
+		options.Pacer = pace
+	}
+	observe := control.Observe(options, d.log)
 	line := observe.Observe
 	observe.Observe = func(t state.Transition) {
 		// A start that fails is told by the process's last words alone.
@@ -182,6 +189,9 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 	}
 	m := state.NewMachine(img, hooks(observe))
 	disk := ioloop.NewDisk(img, m)
+	if pace != nil {
+		disk.SetPace(pace)
+	}
 	target := &control.Target{
 		Machine: m, Image: img, Disk: disk, Direct: opt.Cache == backend.CacheNone,
 		Stats: disk.Stats,

@@ -26,7 +26,7 @@ func newServeCommand(signals *control.Signals) *cobra.Command {
 	var i imageOptions
 	var bind string
 	var port int
-	memory := bench.Size(256 << 20)
+	memory, dirty := bench.Size(256<<20), bench.Size(32<<20)
 	format := choose("auto", "raw", "qcow2")
 	cache := choose("writeback", "none", "writethrough")
 	locking := choose("auto", "on", "off")
@@ -94,7 +94,7 @@ last write or flush failed.`,
 			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
 				return usageError{fmt.Errorf("serve: %w", err)}
 			}
-			d.memory = int64(memory)
+			d.memory, d.dirty = int64(memory), int64(dirty)
 			i.Path, i.Format = args[0], format.value
 			i.Cache, i.Locking = backend.CacheMode(cache.value), backend.LockingMode(locking.value)
 			i.DropCache = backend.DropCacheMode(dropCache.value)
@@ -122,6 +122,7 @@ last write or flush failed.`,
 	locking.addTo(cmd, "locking", "", "lock the image while it is active")
 	dropCache.addTo(cmd, "drop-cache", "", "drop the page cache on activation")
 	f.Var(&memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
+	f.Var(&dirty, "handover-dirty", "slow writers, while inactivation syncs ahead, until at most `SIZE` is left to write")
 	f.IntVarP(&d.shared, "shared", "e", 0, "at most `N` connections at once; 0 for unlimited")
 	logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
 	logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")

@@ -14,6 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/nbd-export/nbd-export/control"
+	"github.com/nbd-export/nbd-export/state"
 )
 
 // statusTimeout is how long a server may take to answer; it needs some
@@ -149,7 +150,7 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		}
 		row("state", "%s%s", i.State, mode)
 		if i.Step != "" {
-			row("step", "%s for %s", i.Step, seconds(i.StepSeconds))
+			row("step", "%s for %s%s", i.Step, seconds(i.StepSeconds), aheadText(i))
 		}
 		if i.Since.IsZero() {
 			continue // QEMU's daemon says no more
@@ -176,6 +177,15 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		}
 	}
 	return append(blocks, rows)
+}
+
+// aheadText is what is left to write, and how long writers have been slowed
+// for that, while an image is synced ahead.
+func aheadText(i control.ImageStatus) string {
+	if a := i.Ahead; a != nil && i.Step == string(state.StepSyncAhead) {
+		return fmt.Sprintf(", %s not yet synced, writers slowed for %s", about(a.Dirty), seconds(a.Slowed))
+	}
+	return ""
 }
 
 func recordText(r control.Record) string {
