@@ -24,8 +24,11 @@ import (
 type config struct {
 	rounds    int
 	cellTime  time.Duration
+	// handoverTime is for each cell of handovers.
+	handoverTime time.Duration
 	imageSize bench.Size
 	cells     []cell
+	handovers []handoverCell
 	servers   []string // names or programs; empty: all
 	out       string   // directory of BENCHMARKS.md and benchmarks.svg
 	raw       string   // file of the raw figures
@@ -78,6 +81,7 @@ func parseFlags(args []string) (c config, render string, err error) {
 	f.BoolVar(&c.quick, "quick", false, "fewer cells, 3 short rounds, small images; proves nothing, written beside the raw figures")
 	f.IntVar(&c.rounds, "rounds", 7, "interleaved rounds")
 	f.DurationVar(&c.cellTime, "cell-time", time.Second, "of each load")
+	f.DurationVar(&c.handoverTime, "handover-time", 40*time.Second, "of each cell of handovers")
 	f.Var(&c.imageSize, "image-size", "of images on tmpfs; those on disk are twice as large")
 	f.StringVar(&cells, "cells", "", "only cells whose id matches this regular expression")
 	f.StringVar(&servers, "servers", "", "only these servers or programs, with commas between them")
@@ -112,6 +116,11 @@ func parseFlags(args []string) (c config, render string, err error) {
 			c.cells = append(c.cells, x)
 		}
 	}
+	for _, x := range handoverCells {
+		if match.MatchString(x.ID()) && (!c.quick || set["cells"]) {
+			c.handovers = append(c.handovers, x)
+		}
+	}
 	if servers != "" {
 		c.servers = strings.Split(servers, ",")
 	}
@@ -119,11 +128,14 @@ func parseFlags(args []string) (c config, render string, err error) {
 		for _, x := range goals {
 			fmt.Printf("%-40s %.3gx %.3gx\n", x.ID(), x.Ops, x.CPU)
 		}
+		for _, x := range handoverCells {
+			fmt.Printf("%-40s %.3gx of QEMU's times at most\n", x.ID(), x.Goal)
+		}
 		return c, "", flag.ErrHelp
 	}
 	switch {
 	case render != "":
-	case len(c.cells) == 0:
+	case len(c.cells)+len(c.handovers) == 0:
 		return c, "", fmt.Errorf("no cell matches %q; --list shows them", cells)
 	case c.rounds < 1 || c.cellTime <= 0 || c.imageSize < 64<<20:
 		return c, "", errors.New("want at least one round, a time, and images of 64M or more")

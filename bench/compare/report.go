@@ -31,6 +31,8 @@ type report struct {
 	Commands []string      `json:"commands"` // that started them
 	Checks   []check       `json:"checks"`
 	Samples  []sample      `json:"samples"`
+
+	Handover *handoverReport `json:"handover,omitempty"` // nil: not measured
 }
 
 // sample is one load on one server.

@@ -79,8 +79,10 @@ func (r *runner) run(ctx context.Context) error {
 			}
 		}
 	}
-	r.say("%d cells, %d rounds: about %v, and the time to make images", len(r.cfg.cells), r.cfg.rounds, r.planned.Round(time.Second))
-	if !r.cfg.noCheck {
+	r.planned += time.Duration(len(r.cfg.handovers)) * r.cfg.handoverTime
+	r.say("%d cells, %d rounds, %d cells of handovers: about %v, and the time to make images",
+		len(r.cfg.cells), r.cfg.rounds, len(r.cfg.handovers), r.planned.Round(time.Second))
+	if !r.cfg.noCheck && len(r.cfg.cells) > 0 {
 		if err := r.check(ctx); err != nil {
 			return fmt.Errorf("client check: %w", err)
 		}
@@ -96,7 +98,11 @@ func (r *runner) run(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", p.Title(r.report.Machine.DiskFS), err)
 		}
 	}
-	return ctx.Err()
+	if err := r.shm.remove(); err != nil {
+		return err
+	}
+	r.shm = nil
+	return r.handovers(ctx)
 }
 
 // place runs all cells of a place, with all its servers up at once.

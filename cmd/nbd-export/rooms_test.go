@@ -19,7 +19,7 @@ var arrows = map[string][]string{
 	"export":         {"backend", "export/wire", "ioloop", "state"},
 	"ioloop":         {"backend", "state"},
 	"bench":          {"client"},
-	"bench/compare":  {"bench"},
+	"bench/compare":  {"bench", "control"},
 	"client":         {"export/wire"},
 }
 
