@@ -189,7 +189,7 @@ func readBounded(path string, h faults) ([]byte, error) {
 	if st.Mode&unix.S_IFMT != unix.S_IFREG {
 		return nil, notARecord("it is not a regular file")
 	}
-	b := make([]byte, recordMax+1)
+	b := make([]byte, min(max(st.Size, 0), recordMax)+1)
 	n := 0
 	for n < len(b) {
 		var k int

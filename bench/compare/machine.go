@@ -51,7 +51,7 @@ func lookAtMachine(files map[string]string, disk string) machine {
 		switch program {
 		case programOurs:
 			mc.Versions[program] = firstLine(file, "version")
-		case programQEMU:
+		case programQEMU, programQSD:
 			mc.Versions[program] = firstLine(file, "--version")
 		case programNbdkit:
 			mc.Versions[program] = firstLine(file, "--version") + ", plugin " + firstLine(file, "file", "--version")

@@ -22,20 +22,21 @@ import (
 
 // config is one comparison.
 type config struct {
-	rounds    int
-	cellTime  time.Duration
+	rounds   int
+	cellTime time.Duration
 	// handoverTime is for each cell of handovers.
 	handoverTime time.Duration
-	imageSize bench.Size
-	cells     []cell
-	handovers []handoverCell
-	servers   []string // names or programs; empty: all
-	out       string   // directory of BENCHMARKS.md and benchmarks.svg
-	raw       string   // file of the raw figures
-	ours      string   // our program
-	shm, disk string   // directories for images
-	quick     bool
-	noCheck   bool
+	imageSize    bench.Size
+	cells        []cell
+	handovers    []handoverCell
+	group        bool     // hand over a group of images too
+	servers      []string // names or programs; empty: all
+	out          string   // directory of BENCHMARKS.md and benchmarks.svg
+	raw          string   // file of the raw figures
+	ours         string   // our program
+	shm, disk    string   // directories for images
+	quick        bool
+	noCheck      bool
 }
 
 func init() {
@@ -121,6 +122,7 @@ func parseFlags(args []string) (c config, render string, err error) {
 			c.handovers = append(c.handovers, x)
 		}
 	}
+	c.group = match.MatchString(groupID) && (!c.quick || set["cells"])
 	if servers != "" {
 		c.servers = strings.Split(servers, ",")
 	}
@@ -131,11 +133,12 @@ func parseFlags(args []string) (c config, render string, err error) {
 		for _, x := range handoverCells {
 			fmt.Printf("%-40s %.3gx of QEMU's times at most\n", x.ID(), x.Goal)
 		}
+		fmt.Printf("%-40s %v at most\n", groupID, groupGoal)
 		return c, "", flag.ErrHelp
 	}
 	switch {
 	case render != "":
-	case len(c.cells)+len(c.handovers) == 0:
+	case len(c.cells)+len(c.handovers) == 0 && !c.group:
 		return c, "", fmt.Errorf("no cell matches %q; --list shows them", cells)
 	case c.rounds < 1 || c.cellTime <= 0 || c.imageSize < 64<<20:
 		return c, "", errors.New("want at least one round, a time, and images of 64M or more")

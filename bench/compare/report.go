@@ -194,7 +194,14 @@ func loadReport(path string) (*report, error) {
 // write writes the report and its plot into a directory.
 func (rep *report) write(dir string) error {
 	results := rep.results()
-	return errors.Join(os.MkdirAll(dir, 0o755),
-		os.WriteFile(filepath.Join(dir, reportName), []byte(rep.markdown(results)), 0o644),
+	page, err := rep.page(dir, results)
+	if err != nil {
+		return err
+	}
+	err = errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, reportName), []byte(page), 0o644))
+	if len(rep.Cells) == 0 {
+		return err
+	}
+	return errors.Join(err,
 		os.WriteFile(filepath.Join(dir, plotName), []byte(rep.plot(results)), 0o644))
 }
