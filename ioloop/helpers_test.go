@@ -308,6 +308,7 @@ type rigConfig struct {
 	holdFor  time.Duration
 	wanted   func()
 	cache    backend.CacheMode
+	pacer    func(*Disk) state.Pacer // gets the disk before it is used
 }
 
 func newRig(t testing.TB, cfg rigConfig) *rig {
@@ -334,12 +335,17 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 	}
 	must(t, err)
 	r.raw, r.img = raw, &hooked{Image: raw}
-	r.m = state.NewMachine(raw, state.Options{Hold: cfg.holdFor, Wanted: cfg.wanted, Step: func(_ string, s state.Step) {
+	r.d = NewDisk(r.img, nil)
+	opt := state.Options{Hold: cfg.holdFor, Wanted: cfg.wanted, Step: func(_ string, s state.Step) {
 		if cfg.onStep != nil {
 			cfg.onStep(s)
 		}
-	}})
-	r.d = NewDisk(r.img, r.m)
+	}}
+	if cfg.pacer != nil {
+		opt.Pacer = cfg.pacer(r.d)
+	}
+	r.m = state.NewMachine(raw, opt)
+	r.d.Machine = r.m
 	r.e = NewEngine(cfg.Config)
 	r.e.sched.stay = time.Millisecond
 	t.Cleanup(r.teardown)
@@ -403,6 +409,9 @@ func (r *rig) checkConn(c *conn) {
 	}
 	if c.mu.first != nil || c.mu.last != nil || len(c.mu.parked) != 0 || len(c.mu.held) != 0 {
 		r.t.Error("tasks left in the lists")
+	}
+	if c.waiters.first != nil || c.waiters.last != nil {
+		r.t.Error("tasks wait for the pace")
 	}
 	if c.in != nil || c.reply != nil || len(c.out.queue) != 0 || c.out.sending {
 		r.t.Error("buffers left")

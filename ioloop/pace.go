@@ -27,8 +27,9 @@ const (
 //
 // From the second sync on writers have an allowance of bytes, from the start of
 // one to the start of the next, or to the closing of the gate. They are let on
-// at a rate of what is left of it by the time the last sync took, so they get
-// slower and slower rather than stop (pace_queue.go).
+// so that it would last for as long as the last sync took, and if this one takes
+// longer, four times as long as it has: they get slower and slower rather than
+// stop (pace_queue.go).
 //
 // While nothing is synced ahead a write costs a look at on, which nobody writes
 // then.
@@ -180,14 +181,12 @@ func (p *Pace) Done() {
 	}
 }
 
-// hurry slows writers in the first round, once that has gone on for a while, from
-// twice the rate at which they have written until then.
+// hurry slows writers in the first round, once that has gone on for a while.
+// They may write once more what they have by then.
 func (p *Pace) hurry(mark uint64) *time.Timer {
-	start := time.Now()
 	return time.AfterFunc(unhurried, func() {
 		dirty := int64(p.counts.dirtied.Load() - mark)
-		n := max(p.share, dirty)
-		p.allow(0, mark, n, time.Duration(float64(time.Since(start))*float64(n)/float64(2*max(dirty, 1))))
+		p.allow(0, mark, max(p.share, dirty), stretch*unhurried)
 	})
 }
 
@@ -200,14 +199,14 @@ func (p *Pace) endRound(mark uint64) int64 {
 	return int64(dirty)
 }
 
-// allow lets writers dirty n bytes from mark on, slower and slower, at first as
-// if that were to take spread. round is how many rounds have begun or, 0, none
-// has ended.
+// allow lets writers dirty n bytes from mark on, at first as if that were to take
+// spread. round is how many rounds have begun or, 0, none has ended.
 func (p *Pace) allow(round int, mark uint64, n int64, spread time.Duration) {
 	p.mu.Lock()
 	if p.mu.engaged && (round > 0 || p.mu.stats.Syncs == 0) {
 		p.mu.mark = mark
-		p.mu.allowance, p.mu.spread, p.mu.next = max(n, 0), max(spread, time.Millisecond), time.Now()
+		p.mu.allowance, p.mu.spread, p.mu.begun = max(n, 0), max(spread, time.Millisecond), time.Now()
+		p.mu.next = p.mu.begun
 		p.on.Store(true)
 	}
 	p.mu.Unlock()

@@ -2,8 +2,12 @@ package ioloop
 
 import "time"
 
-// burst is how much unused time writers may make up for.
-const burst = 10 * time.Millisecond
+const (
+	// burst is how much unused time writers may make up for.
+	burst = 10 * time.Millisecond
+	// stretch is by how much a round is expected to become longer than it is.
+	stretch = 4
+)
 
 // waiting are requests that have to wait before they ask the gate: they hold no
 // admission and no worker. Connections take turns, so that one with a thousand
@@ -12,7 +16,8 @@ type waiting struct {
 	first, last *conn
 	timer       *time.Timer   // runs resume; nil before it is needed
 	allowance   int64         // bytes that may still be written in this round
-	spread      time.Duration // the rate is allowance by spread
+	begun       time.Time     // when it began
+	spread      time.Duration // the rate is allowance by this, or stretch times the round's age
 	next        time.Time     // when the next request may go on
 	since       time.Time     // somebody has waited since; zero if nobody does
 	slowed      time.Duration // before that
@@ -125,7 +130,8 @@ func (w *waiting) charge(n int64, now time.Time) bool {
 	if from := now.Add(-burst); w.next.Before(from) {
 		w.next = from
 	}
-	w.next = w.next.Add(time.Duration(float64(w.spread) * float64(n) / float64(w.allowance)))
+	spread := max(w.spread, stretch*now.Sub(w.begun))
+	w.next = w.next.Add(time.Duration(float64(spread) * float64(n) / float64(w.allowance)))
 	w.allowance -= n
 	return true
 }

@@ -1,0 +1,324 @@
+package ioloop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// slowSync is a Pace whose syncs a test holds up: each waits for a value of
+// goOn, or for that to be closed.
+type slowSync struct {
+	*Pace
+	begun chan int // the number of each sync
+	goOn  chan error
+	syncs atomic.Int32
+}
+
+func (s *slowSync) Ahead(ctx context.Context, images int, sync func(context.Context) error) (bool, error) {
+	return s.Pace.Ahead(ctx, images, func(ctx context.Context) error {
+		s.begun <- int(s.syncs.Add(1))
+		if err := <-s.goOn; err != nil {
+			return err
+		}
+		return sync(ctx)
+	})
+}
+
+func newPacedRig(t *testing.T, limit int64) (*rig, *slowSync) {
+	s := &slowSync{Pace: NewPace(limit), begun: make(chan int, 100), goOn: make(chan error)}
+	r := newRig(t, rigConfig{pacer: func(d *Disk) state.Pacer {
+		d.SetPace(s.Pace)
+		return s
+	}})
+	return r, s
+}
+
+// waits is how many requests wait for their turn.
+func (p *Pace) waits() (n int) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for c := p.mu.first; c != nil; c = c.waiters.next {
+		for t := c.waiters.first; t != nil; t = t.next {
+			n++
+		}
+	}
+	return n
+}
+
+const piece = 64 << 10
+
+// sendPieces sends n writes of piece bytes to places that differ.
+func (c *client) sendPieces(n int) {
+	for i := range n {
+		c.send(OpWrite, 0, int64(i)*piece, piece, contents[:piece])
+	}
+}
+
+// takePieces takes n replies, and returns how many writes were refused.
+func (c *client) takePieces(n int) (refused int) {
+	c.t.Helper()
+	for range n {
+		switch a := c.next(); a.errno {
+		case 0:
+		case unix.EPERM:
+			refused++
+		default:
+			c.t.Fatalf("%+v", a)
+		}
+	}
+	return refused
+}
+
+// While a slow sync runs ahead writers get what may be left when the gate closes
+// and not a byte more; reads and flushes go on beside them.
+func TestPaceBoundsWhatIsLeft(t *testing.T) {
+	const may, soon, sent = 16, 8, 40
+	r, s := newPacedRig(t, may*piece)
+	c, d := r.connect(&testCodec{}), r.connect(&testCodec{})
+	c.ok(OpWrite, 0, 0, piece, contents[:piece])
+	inactive := background(r.inactivate)
+	if n := await(t, s.begun, "the first sync"); n != 1 {
+		t.Fatal(n)
+	}
+	eventually(t, "a sync that takes long slows writers", s.on.Load)
+	c.sendPieces(sent)
+	if n := c.takePieces(soon); n != 0 {
+		t.Fatalf("%d writes refused", n)
+	}
+	if n := s.waits(); n < sent-may {
+		t.Errorf("only %d writes wait", n)
+	}
+	// Small, large, of this connection and of another; nothing of them waits.
+	for range 5 {
+		c.ok(OpRead, 0, 0, 100, nil)
+		c.ok(OpRead, 0, 0, 1<<20, nil)
+		d.ok(OpRead, 0, 4096, 300_000, nil)
+		d.ok(OpFlush, 0, 0, 0, nil)
+		d.ok(OpStatus, 0, 0, 4096, nil)
+	}
+	d.ok(OpWrite, FUA, 0, 4096, contents[:4096]) // leaves nothing
+	a := r.d.Stats().Ahead
+	if a.Dirty < soon*piece || a.Dirty > may*piece || a.Delayed == 0 || a.Slowed <= 0 {
+		t.Errorf("%+v", a)
+	}
+	if n := r.m.Status().Step; n != state.StepSyncAhead {
+		t.Errorf("step %s", n)
+	}
+	close(s.goOn)
+	await(t, inactive, "inactivation")
+	c.takePieces(sent - soon)
+	a = r.d.Stats().Ahead
+	if a.Dirty > may*piece || a.Syncs < 2 || a.Syncs > 2*paceRounds {
+		t.Errorf("%+v", a)
+	}
+	t.Logf("%+v", a)
+}
+
+// A writer whose sync is cancelled, or fails, goes on at once.
+func TestPaceEnds(t *testing.T) {
+	for name, end := range map[string]func(*rig, *slowSync){
+		"cancel": func(r *rig, s *slowSync) {
+			if !r.m.Cancel() {
+				t.Error("there was nothing to cancel")
+			}
+		},
+		"fail": func(_ *rig, s *slowSync) { s.goOn <- errors.New("not synced") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r, s := newPacedRig(t, piece)
+			c := r.connect(&testCodec{})
+			result := make(chan error, 1)
+			go func() { result <- state.Inactivate(context.Background(), r.m) }()
+			await(t, s.begun, "the sync")
+			eventually(t, "writers are slowed", s.on.Load)
+			c.sendPieces(20)
+			eventually(t, "some wait", func() bool { return s.waits() == 19 })
+			end(r, s)
+			if n := c.takePieces(20); n != 0 {
+				t.Errorf("%d writes refused", n)
+			}
+			close(s.goOn)
+			if err := await(t, result, "the order"); err == nil {
+				t.Error("no error")
+			}
+			c.ok(OpWrite, 0, 0, piece, contents[:piece])
+			if s.on.Load() || r.m.Status().State != state.Active {
+				t.Errorf("still slowed, or %s", r.m.Status().State)
+			}
+		})
+	}
+}
+
+// A connection that ends takes its waiting writes along.
+func TestPaceDropsWaiting(t *testing.T) {
+	r, s := newPacedRig(t, piece)
+	c, d := r.connect(&testCodec{}), r.connect(&testCodec{})
+	inactive := background(r.inactivate)
+	await(t, s.begun, "the sync")
+	eventually(t, "writers are slowed", s.on.Load)
+	c.sendPieces(10)
+	d.sendPieces(10)
+	eventually(t, "they wait", func() bool { return s.waits() == 19 })
+	c.nc.Close()
+	_ = c.end()
+	eventually(t, "only the other waits", func() bool { n := s.waits(); return n == 9 || n == 10 })
+	close(s.goOn)
+	await(t, inactive, "inactivation")
+	d.takePieces(10)
+}
+
+// A disk that never keeps up ends the rounds all the same, and writers that
+// leave it alone are not slowed.
+func TestPaceRounds(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		limit   int64
+		dirty   []uint64 // in each round
+		took    time.Duration
+		syncs   int
+		dirties uint64
+	}{
+		{"clean", 1 << 20, []uint64{0}, 0, 1, 0},
+		{"little", 1 << 20, []uint64{1 << 20}, 0, 1, 1 << 20},
+		{"too much", 1 << 20, []uint64{1<<20 + 1, 4096}, 0, 2, 4096},
+		{"slow", 1 << 20, nil, fewLeft + time.Millisecond, paceRounds, 0},
+		{"nothing may be left", 0, []uint64{4096, 4096, 0}, 0, 3, 0},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var n counts
+			p := NewPace(c.limit)
+			p.counts = &n
+			syncs := 0
+			for again := true; again; {
+				var err error
+				again, err = p.Ahead(t.Context(), 1, func(context.Context) error {
+					if syncs < len(c.dirty) {
+						n.dirtied.Add(c.dirty[syncs])
+					}
+					syncs++
+					time.Sleep(c.took)
+					return nil
+				})
+				must(t, err)
+				if syncs > 1 && !p.on.Load() {
+					t.Error("nobody is slowed")
+				}
+			}
+			p.Done()
+			slow := syncs > c.syncs && c.took == 0 // this machine, not the test
+			if s := p.Stats(); (syncs != c.syncs || s.Dirty != c.dirties) && !slow || s.Syncs != syncs || p.on.Load() {
+				t.Errorf("%d syncs, %+v", syncs, s)
+			}
+		})
+	}
+	// What was clean and has not been written since is not synced again.
+	p := NewPace(1 << 20)
+	p.counts = new(counts)
+	syncs := 0
+	for range 3 {
+		for again := true; again; {
+			again, _ = p.Ahead(t.Context(), 1, func(context.Context) error { syncs++; return nil })
+		}
+		p.Done()
+	}
+	if syncs > paceRounds {
+		t.Errorf("%d syncs", syncs)
+	}
+}
+
+// A group shares the limit.
+func TestPaceShares(t *testing.T) {
+	for _, c := range []struct{ limit, images, want int64 }{
+		{32 << 20, 1, 32 << 20}, {32 << 20, 4, 8 << 20}, {32 << 20, 1000, 1 << 20}, {4096, 10, 4096}, {0, 2, 0},
+	} {
+		p := NewPace(c.limit)
+		p.counts = new(counts)
+		_, err := p.Ahead(t.Context(), int(c.images), func(context.Context) error { return nil })
+		must(t, err)
+		p.Done()
+		if p.share != c.want {
+			t.Errorf("%+v: %d", c, p.share)
+		}
+	}
+}
+
+// Connections take turns, whoever came first and however much it wants.
+func TestPaceTurns(t *testing.T) {
+	var w waiting
+	a, b, c := new(conn), new(conn), new(conn)
+	for i, who := range []*conn{a, a, a, a, b, b, c} {
+		w.push(&task{conn: who, req: Request{Tag: [2]uint64{uint64(i)}}})
+	}
+	var got []uint64
+	for range 3 {
+		got = append(got, w.pop().req.Tag[0])
+	}
+	for _, task := range w.takeOf(b) {
+		got = append(got, 100+task.req.Tag[0])
+	}
+	w.push(&task{conn: c, req: Request{Tag: [2]uint64{9}}})
+	for w.first != nil {
+		got = append(got, w.pop().req.Tag[0])
+	}
+	if s := fmt.Sprint(got); s != "[0 4 6 105 1 9 2 3]" {
+		t.Error(s)
+	}
+	if !w.since.IsZero() || w.last != nil || w.takeAll() != nil {
+		t.Errorf("%+v", w)
+	}
+}
+
+// The rate falls with what is left of the allowance.
+func TestPaceCharge(t *testing.T) {
+	now := time.Now()
+	w := waiting{allowance: 1000, spread: time.Second, begun: now, next: now}
+	var took []time.Duration
+	for w.allowance > 0 {
+		if !w.charge(250, now) {
+			t.Fatal("not let on in time")
+		}
+		took = append(took, w.next.Sub(now).Round(time.Millisecond))
+		if w.charge(1, now) {
+			t.Error("let on too early")
+		}
+		now = w.next
+	}
+	if s := fmt.Sprint(took); s != "[250ms 333ms 1.167s 7s]" {
+		t.Error(s)
+	}
+	if w.charge(1, now.Add(time.Hour)) {
+		t.Error("let on without an allowance")
+	}
+}
+
+func TestDirties(t *testing.T) {
+	for _, c := range []struct {
+		r        Request
+		slow, ok int64 // without and with fast zeroes
+	}{
+		{Request{Op: OpWrite, Offset: 0, Length: 4096}, 4096, 4096},
+		{Request{Op: OpWrite, Offset: 4095, Length: 2}, 8192, 8192},
+		{Request{Op: OpWrite, Offset: 5, Length: 1}, 4096, 4096},
+		{Request{Op: OpWrite, Offset: 0, Length: 4096, Flags: FUA}, 0, 0},
+		{Request{Op: OpWrite}, 0, 0},
+		{Request{Op: OpZero, Offset: 1, Length: 1 << 30}, 1<<30 + 4096, 4096},
+		{Request{Op: OpDiscard, Length: 1 << 30}, 4096, 4096},
+		{Request{Op: OpRead, Length: 4096}, 0, 0},
+		{Request{Op: OpFlush}, 0, 0},
+		{Request{Op: OpCache, Length: 4096}, 0, 0},
+		{Request{Op: OpStatus, Length: 4096}, 0, 0},
+	} {
+		slow, fast := &Pace{}, &Pace{fastZero: true}
+		if a, b := slow.dirties(&c.r), fast.dirties(&c.r); a != c.slow || b != c.ok {
+			t.Errorf("%+v: %d, %d", c.r, a, b)
+		}
+	}
+}
