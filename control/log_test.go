@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
+	"github.com/nbd-export/nbd-export/ioloop"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -61,5 +62,31 @@ func TestJSONLog(t *testing.T) {
 		if _, err := NewLogger(zapcore.AddSync(&b), bad[0], bad[1]); err == nil {
 			t.Errorf("%q is accepted", bad)
 		}
+	}
+}
+
+// The end of an inactivation says what its gate left, and at debug level where
+// the time went.
+func TestTransitionDetails(t *testing.T) {
+	var b bytes.Buffer
+	log, err := NewLogger(zapcore.AddSync(&b), "debug", "console")
+	if err != nil {
+		t.Fatal(err)
+	}
+	opt := Observe(state.Options{Pacer: ioloop.NewPace(1 << 20)}, log)
+	opt.Observe(state.Transition{
+		Image: "/d", Event: state.Released, From: state.Inactivating, To: state.Inactive, Epoch: 3, Duration: 1500000,
+		Steps: []state.StepTime{{Step: state.StepSyncAhead, Took: 1200000}, {Step: state.StepRelease, Took: 300000}},
+	})
+	opt.Observe(state.Transition{Image: "/d", Event: state.Published, From: state.Activating, To: state.Active, Epoch: 4})
+	const want = `info  image is inactive  image=/d from=inactivating to=inactive epoch=3 duration=1.5ms syncs=0 left=0 steps="sync-ahead 1.2ms, release 300µs"
+info  image is active  image=/d from=activating to=active epoch=4 duration=0s
+`
+	if got := regexp.MustCompile(`(?m)^\d\d:\d\d:\d\d\.\d\d\d `).ReplaceAllString(b.String(), ""); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+	s := ioloop.PaceStats{Syncs: 3, Dirty: 4096, Slowed: 1.25, Delayed: 7}
+	if f := aheadFields(s); len(f) != 4 || f[2].Key != "slowed" || f[2].Integer != 1250*int64(time.Millisecond) {
+		t.Errorf("%v", f)
 	}
 }

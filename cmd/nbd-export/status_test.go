@@ -21,7 +21,7 @@ func TestWriteStatus(t *testing.T) {
 				Record: control.Record{Path: "/srv/a.img.owner"},
 				Stats: ioloop.Stats{
 					Connections: 4, InFlight: 32, Reads: 31234, BytesRead: 1288490188, Writes: 512, BytesWritten: 512 * 4096,
-					Refused: 3, Errors: 1,
+					Refused: 3, Errors: 1, Ahead: &ioloop.PaceStats{Syncs: 2, Dirty: 5 << 20, Slowed: 0.31, Delayed: 12},
 				},
 			},
 			{
@@ -39,7 +39,7 @@ export       disk
 format       raw
 size         10 GiB (10737418240 bytes)
 state        inactivating
-step         sync-ahead for 1.2s
+step         sync-ahead for 1.2s, 5 MiB not yet synced, writers slowed for 310ms
 epoch        7
 since        2026-11-23 10:02:01 (1.2s)
 locks        100,101,103,201,203 (cluster)
