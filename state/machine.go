@@ -108,8 +108,8 @@ type Machine struct {
 		stopping bool
 		// pins refuse inactivation.
 		pins int
-		// stopWatch ends the watch over an owned image when closed.
-		stopWatch chan struct{}
+		// watch is over an owned image.
+		watch *watch
 	}
 }
 

@@ -2,55 +2,76 @@ package state
 
 import (
 	"errors"
+	"sync"
 	"time"
 )
 
-// startWatch has the owned image check itself now and then, for what no
-// request would notice: locks that another process no longer respects.
+// watch has an owned image check itself now and then, for what no request would
+// notice: locks that another process no longer respects. Between two looks it
+// is a timer, not a goroutine: a process may own a thousand images.
+type watch struct {
+	m    *Machine
+	lane *Lane
+
+	mu      sync.Mutex // a leaf
+	timer   *time.Timer
+	stopped bool
+}
+
 func (m *Machine) startWatch() {
+	w := &watch{m: m, lane: m.Lane(nil, nil)}
+	w.mu.Lock()
+	w.timer = time.AfterFunc(m.opt.Watch, w.tick)
+	w.mu.Unlock()
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.mu.stopWatch = make(chan struct{})
-	go m.watch(m.mu.stopWatch)
+	m.mu.watch = w
+	m.mu.Unlock()
 }
 
 // endWatch is followed by synchronize, after which no Check runs.
 func (m *Machine) endWatch() {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.mu.stopWatch != nil {
-		close(m.mu.stopWatch)
-		m.mu.stopWatch = nil
+	w := m.mu.watch
+	m.mu.watch = nil
+	m.mu.Unlock()
+	if w == nil {
+		return
+	}
+	w.mu.Lock()
+	w.stopped = true
+	idle := w.timer.Stop()
+	w.mu.Unlock()
+	if idle {
+		w.lane.Close() // otherwise tick does
 	}
 }
 
-func (m *Machine) watch(stop <-chan struct{}) {
-	lane := m.Lane(nil, nil)
-	defer lane.Close()
-	tick := time.NewTicker(m.opt.Watch)
-	defer tick.Stop()
-	for {
-		select {
-		case <-stop:
-			return
-		case <-tick.C:
-		}
-		if !m.check(lane, stop) {
-			return
-		}
+func (w *watch) tick() {
+	goOn := w.m.check(w.lane, w)
+	w.mu.Lock()
+	if goOn = goOn && !w.stopped; goOn {
+		w.timer.Reset(w.m.opt.Watch)
 	}
+	w.mu.Unlock()
+	if !goOn {
+		w.lane.Close()
+	}
+}
+
+func (w *watch) isStopped() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.stopped
 }
 
 // check reports whether to go on. It counts as a read from before it looks
 // whether it is to stop until what it found is noted, so that after endWatch
 // and synchronize it neither runs nor reports.
-func (m *Machine) check(lane *Lane, stop <-chan struct{}) bool {
+func (m *Machine) check(lane *Lane, w *watch) bool {
 	g := lane.EnterRead()
-	select {
-	case <-stop:
+	if w.isStopped() {
 		lane.LeaveRead(g)
 		return false
-	default:
 	}
 	err := m.img.Check()
 	switch failure(err) {
