@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"fmt"
 	"os"
 	"strings"
 )
@@ -42,12 +41,12 @@ func optionsShareLocks(options string) bool {
 // mountOptions are the super options of the mount that fd lies on, from
 // /proc, or "" if that cannot be read.
 func mountOptions(fd int) string {
-	info, err := os.ReadFile(fmt.Sprintf("/proc/self/fdinfo/%d", fd))
+	info, err := fdinfo(fd)
 	if err != nil {
 		return ""
 	}
 	var id string
-	for line := range strings.Lines(string(info)) {
+	for line := range strings.Lines(info) {
 		if v, ok := strings.CutPrefix(line, "mnt_id:"); ok {
 			id = strings.TrimSpace(v)
 		}

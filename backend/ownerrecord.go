@@ -269,8 +269,13 @@ func writeRecordFile(path string, b []byte, image *unix.Stat_t, h faults) (err e
 	}()
 	// Whoever can open the image has to be able to read its record; where
 	// the file system has no such modes or owners, it does without.
-	_ = unix.Fchown(fd, int(image.Uid), int(image.Gid))
-	_ = unix.Fchmod(fd, image.Mode&0o666)
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil || st.Uid != image.Uid || st.Gid != image.Gid {
+		_ = unix.Fchown(fd, int(image.Uid), int(image.Gid))
+	}
+	if mode := image.Mode & 0o666; st.Mode&0o7777 != mode {
+		_ = unix.Fchmod(fd, mode)
+	}
 	for off := 0; off < len(b); {
 		n := len(b) - off
 		if h != nil {
