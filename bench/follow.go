@@ -39,6 +39,7 @@ type Follower struct {
 	every time.Duration     // between writes; 0: no pace
 
 	acked   [2]atomic.Int64 // when the last write was, on client.Now's clock
+	heard   [2]atomic.Int64 // when the last read was
 	readGap atomic.Int64    // longest since ReadGap was called, ns
 	due     atomic.Int64    // when the next paced write is
 
@@ -75,6 +76,7 @@ func Follow(ctx context.Context, cfg FollowConfig) (*Follower, error) {
 		f.start(func() error { return f.write(i) })
 	}
 	for side := range f.conns {
+		f.heard[side].Store(client.Now())
 		f.start(func() error { return f.read(side) })
 	}
 	return f, nil
@@ -129,26 +131,31 @@ func (f *Follower) WriteGap(ctx context.Context, to int) (time.Duration, error) 
 	}
 }
 
-// ReadGap is the longest time since it was last called for which either exporter
-// answered no read.
-func (f *Follower) ReadGap() time.Duration { return time.Duration(f.readGap.Swap(0)) }
+// ReadGap is the longest time for which either exporter answered no read, of those
+// that ended since it was last called or have not ended yet.
+func (f *Follower) ReadGap() time.Duration {
+	longest := f.readGap.Swap(0)
+	for side := range f.heard {
+		longest = max(longest, client.Now()-f.heard[side].Load())
+	}
+	return time.Duration(longest)
+}
 
 // read reads from one exporter.
 func (f *Follower) read(side int) error {
 	rng, buf := rand.New(rand.NewPCG(f.cfg.Seed, uint64(1<<32+side))), make([]byte, f.cfg.BlockSize)
 	c := f.conns[side][f.cfg.Conns]
-	for last := client.Now(); f.ctx.Err() == nil; {
+	for f.ctx.Err() == nil {
 		if _, err := c.ReadAt(buf, f.somewhere(rng)); err != nil {
 			return fmt.Errorf("reading: %w", err)
 		}
 		now := client.Now()
-		for gap := now - last; ; {
+		for gap := now - f.heard[side].Swap(now); ; {
 			longest := f.readGap.Load()
 			if gap <= longest || f.readGap.CompareAndSwap(longest, gap) {
 				break
 			}
 		}
-		last = now
 		time.Sleep(ReadEvery)
 	}
 	return nil

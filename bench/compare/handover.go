@@ -81,7 +81,8 @@ type moves struct {
 	Orders   []time.Duration `json:"orders_ns"` // both, on open control sockets
 	Writes   []time.Duration `json:"write_gaps_ns,omitempty"`
 	Reads    []time.Duration `json:"read_gaps_ns,omitempty"`
-	Commands []time.Duration `json:"commands_ns,omitempty"` // wall time of our command
+	Calm     []time.Duration `json:"calm_read_gaps_ns,omitempty"` // between handovers
+	Commands []time.Duration `json:"commands_ns,omitempty"`       // wall time of our command
 	Failures []string        `json:"failures,omitempty"`
 	Crashes  []string        `json:"crashes,omitempty"`
 }
@@ -227,6 +228,10 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 	}
 	load.ReadGap()
 	for range handoverTurn {
+		if err := pause(c.pause()); err != nil {
+			return err
+		}
+		f.Calm = append(f.Calm, load.ReadGap())
 		start := time.Now()
 		if err := x.order(ctx, from, false); err != nil {
 			return err
@@ -247,7 +252,7 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 		}
 		f.Orders = append(f.Orders, orders)
 		f.Done++
-		if err := pause(c.pause()); err != nil {
+		if err := pause(5 * time.Millisecond); err != nil {
 			return err
 		}
 		f.Reads = append(f.Reads, load.ReadGap())

@@ -82,7 +82,7 @@ func parseFlags(args []string) (c config, render string, err error) {
 	f.BoolVar(&c.quick, "quick", false, "fewer cells, 3 short rounds, small images; proves nothing, written beside the raw figures")
 	f.IntVar(&c.rounds, "rounds", 7, "interleaved rounds")
 	f.DurationVar(&c.cellTime, "cell-time", time.Second, "of each load")
-	f.DurationVar(&c.handoverTime, "handover-time", 40*time.Second, "of each cell of handovers")
+	f.DurationVar(&c.handoverTime, "handover-time", enoughHandovers, "of each cell of handovers")
 	f.Var(&c.imageSize, "image-size", "of images on tmpfs; those on disk are twice as large")
 	f.StringVar(&cells, "cells", "", "only cells whose id matches this regular expression")
 	f.StringVar(&servers, "servers", "", "only these servers or programs, with commas between them")
