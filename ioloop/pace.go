@@ -143,6 +143,8 @@ func (p *Pace) Ahead(ctx context.Context, images int, sync func(context.Context)
 			left -= dirty
 		}
 		p.allow(round, mark, left, max(p.took, fewLeft))
+	} else if !again {
+		p.clamp(p.share - dirty)
 	}
 	return again, nil
 }
@@ -211,6 +213,14 @@ func (p *Pace) allow(round int, mark uint64, n int64, spread time.Duration) {
 	}
 	p.mu.Unlock()
 	p.resume()
+}
+
+// clamp leaves writers n bytes at most: what was let on before the round began
+// may have been written in it.
+func (p *Pace) clamp(n int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.mu.allowance = min(p.mu.allowance, max(n, 0))
 }
 
 // release ends the slowdown, if there is one.
