@@ -42,10 +42,13 @@ func (r *runner) handoverGroup(ctx context.Context, files map[string]string, h *
 		pairs = append(pairs, x)
 		x.moves.Cell, x.moves.Program = groupID, program
 		h.Moves = append(h.Moves, &x.moves)
-		if err := errors.Join(x.start(ctx)); err != nil {
+		if err := x.start(ctx); err != nil {
 			return err
 		}
 		for side := range x.procs {
+			if err := x.listen(ctx, side); err != nil {
+				return err
+			}
 			for i, path := range paths {
 				if err := x.add(ctx, side, fmt.Sprintf("disk%d", i), path); err != nil {
 					return err
@@ -69,14 +72,13 @@ func (r *runner) handoverGroup(ctx context.Context, files map[string]string, h *
 
 // newGroup are exporters without an image.
 func newGroup(program, file, dir string) *exporters {
-	x := &exporters{program: program}
+	x := &exporters{program: program, bare: true}
 	x.make(file, dir, "", func(e endpoint) []string {
 		if program == programQSD {
 			// It does not raise its limit of open files itself.
-			return append([]string{"prlimit", "--nofile=8192:", e.binary}, append(monitorArgs(controlPath(e)),
-				"--nbd-server", "addr.type=unix,addr.path="+e.address)...)
+			return append([]string{"prlimit", "--nofile=8192:", e.binary}, monitorArgs(e.address)...)
 		}
-		return []string{e.binary, verbDaemon, "--control", controlPath(e), "-k", e.address, "--log-level", "warn"}
+		return []string{e.binary, verbDaemon, "--control", e.address, "--log-level", "warn"}
 	})
 	for _, p := range x.procs {
 		p.name += "-group"
@@ -86,19 +88,45 @@ func newGroup(program, file, dir string) *exporters {
 	return x
 }
 
-// add gives a side an image, inactive.
+// listen starts the NBD server of a side.
+func (x *exporters) listen(ctx context.Context, side int) error {
+	type path struct {
+		Path string `json:"path"`
+	}
+	type address struct {
+		Type string `json:"type"`
+		Data path   `json:"data"`
+	}
+	return x.clients[side].Execute(ctx, "nbd-server-start", struct {
+		Address address `json:"addr"`
+	}{address{"unix", path{x.procs[side].address + ".nbd"}}}, nil)
+}
+
+// add gives a side an image, inactive, and exports it: QEMU takes no lock of an
+// image that nobody uses.
 func (x *exporters) add(ctx context.Context, side int, node, path string) error {
 	type file struct {
 		Driver string `json:"driver"`
 		Path   string `json:"filename"`
 		Active bool   `json:"active"`
 	}
-	return x.clients[side].Execute(ctx, "blockdev-add", struct {
+	err := x.clients[side].Execute(ctx, "blockdev-add", struct {
 		Driver string `json:"driver"`
 		Node   string `json:"node-name"`
 		Active bool   `json:"active"`
 		File   file   `json:"file"`
 	}{"raw", node, false, file{"file", path, false}}, nil)
+	if err != nil {
+		return err
+	}
+	return x.clients[side].Execute(ctx, "block-export-add", struct {
+		Type     string `json:"type"`
+		ID       string `json:"id"`
+		Node     string `json:"node-name"`
+		Name     string `json:"name"`
+		Writable bool   `json:"writable"`
+		Inactive bool   `json:"allow-inactive"`
+	}{"nbd", "export-" + node, node, node, true, true}, nil)
 }
 
 // moveGroup activates everything on one side, hands it over, and lets it go.

@@ -23,12 +23,21 @@ const orderTimeout = time.Minute
 type exporters struct {
 	program string
 	node    string // "": all
+	bare    bool   // they have no NBD socket: the address is the control socket's
 	procs   [2]*process
 	clients [2]*control.Client
 	moves   moves
 }
 
 func controlPath(e endpoint) string { return e.address + ".ctl" }
+
+// control is the control socket of a side.
+func (x *exporters) control(side int) string {
+	if x.bare {
+		return x.procs[side].address
+	}
+	return controlPath(x.procs[side].endpoint)
+}
 
 // newExporters are for one image. file is the program's.
 func newExporters(program, file, dir, image string) *exporters {
@@ -76,7 +85,7 @@ func (x *exporters) start(ctx context.Context) (err error) {
 		if err := p.start(ctx); err != nil {
 			return err
 		}
-		if x.clients[side], err = control.Dial(ctx, controlPath(p.endpoint)); err != nil {
+		if x.clients[side], err = control.Dial(ctx, x.control(side)); err != nil {
 			return err
 		}
 	}
@@ -136,7 +145,7 @@ func (x *exporters) command(ctx context.Context, ours string, from, to int) (tim
 		}
 		return nil
 	}
-	a, b := controlPath(x.procs[from].endpoint), controlPath(x.procs[to].endpoint)
+	a, b := x.control(from), x.control(to)
 	verb := hasVerb(ours, "handover")
 	start := time.Now()
 	if verb {
