@@ -2,21 +2,16 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"os"
 
 	"github.com/spf13/cobra"
 
-	"github.com/nbd-export/nbd-export/bench"
 	"github.com/nbd-export/nbd-export/control"
 )
 
 func newDaemonCommand(signals *control.Signals) *cobra.Command {
 	var d daemonOptions
 	var servers, nodes, exports []string
-	memory := bench.Size(256 << 20)
-	logLevel := choose("info", "debug", "warn", "error")
-	logFormat := choose("console", "json")
+	process := newProcessFlags()
 	cmd := &cobra.Command{
 		Use:   "daemon [flags]",
 		Short: "Serve images that are added and removed over the control socket",
@@ -41,18 +36,12 @@ status is 1 if a last write or flush failed.`,
     --export type=nbd,id=vm1,node-name=vm1,writable=on,allow-inactive=on`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			switch {
-			case d.control == "":
-				return usageError{errors.New("daemon: give --control PATH, the socket that it takes its orders from")}
-			case cmd.Flags().Changed("pid-file") && d.pidFile == "":
-				return usageError{errors.New("daemon: --pid-file needs a path")}
-			case memory < 1<<20:
-				return usageError{fmt.Errorf("daemon: --memory %s is too little; give at least 1M", memory.String())}
-			}
-			d.memory = int64(memory)
-			log, err := control.NewLogger(control.NewLines(os.Stderr), logLevel.value, logFormat.value)
+			log, err := process.settle(cmd, &d)
 			if err != nil {
-				return usageError{err}
+				return err
+			}
+			if d.control == "" {
+				return usageError{errors.New("daemon: give --control PATH, the socket that it takes its orders from")}
 			}
 			for _, o := range []struct {
 				flag, command string
@@ -68,17 +57,11 @@ status is 1 if a last write or flush failed.`,
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&d.control, "control", "", "control socket at `PATH`")
-	f.StringVar(&d.pidFile, "pid-file", "", "write the process id to `PATH` once the control socket is ready")
+	process.addPaths(cmd)
 	f.StringArrayVar(&servers, "nbd-server", nil, "start the NBD server: `OPTIONS` as addr.type=unix,addr.path=PATH")
 	f.StringArrayVar(&nodes, "blockdev", nil, "add a node: `OPTIONS` of blockdev-add as KEY=VALUE,... or JSON")
 	f.StringArrayVar(&exports, "export", nil, "add an export: `OPTIONS` of block-export-add as KEY=VALUE,... or JSON")
-	f.Var(&memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
-	logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
-	logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
+	process.addRest(cmd)
 	f.SortFlags = false
-	for _, name := range []string{"control", "pid-file"} {
-		_ = cmd.MarkFlagFilename(name)
-	}
 	return cmd
 }

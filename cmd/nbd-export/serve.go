@@ -4,14 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"os"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/nbd-export/nbd-export/backend"
-	"github.com/nbd-export/nbd-export/bench"
 	"github.com/nbd-export/nbd-export/control"
 	"github.com/nbd-export/nbd-export/export"
 )
@@ -26,13 +24,11 @@ func newServeCommand(signals *control.Signals) *cobra.Command {
 	var i imageOptions
 	var bind string
 	var port int
-	memory, dirty := bench.Size(256<<20), bench.Size(32<<20)
+	process := newProcessFlags()
 	format := choose("auto", "raw", "qcow2")
 	cache := choose("writeback", "none", "writethrough")
 	locking := choose("auto", "on", "off")
 	dropCache := choose("auto", "on", "off")
-	logLevel := choose("info", "debug", "warn", "error")
-	logFormat := choose("console", "json")
 
 	cmd := &cobra.Command{
 		Use:   "serve [flags] IMAGE",
@@ -56,7 +52,7 @@ last write or flush failed.`,
 
   # a second exporter of the same disk, which takes over when told to
   nbd-export serve -f raw -k /run/b.sock --control /run/b.ctl --inactive disk.img
-  nbd-export inactivate --control /run/a.ctl && nbd-export activate --control /run/b.ctl
+  nbd-export handover --from /run/a.ctl --to /run/b.ctl
 
   # two exporters between which the disk goes by itself, to whose client writes
   nbd-export serve -f raw -k /run/a.sock --control /run/a.ctl --takeover /run/b.ctl disk.img
@@ -67,10 +63,12 @@ last write or flush failed.`,
 		Args: oneArg("IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			flags := cmd.Flags()
-			for _, name := range []string{"socket", "control", "pid-file"} {
-				if flags.Changed(name) && flags.Lookup(name).Value.String() == "" {
-					return usageError{fmt.Errorf("serve: --%s needs a path", name)}
-				}
+			if err := needPaths(cmd, "socket"); err != nil {
+				return err
+			}
+			log, err := process.settle(cmd, &d)
+			if err != nil {
+				return err
 			}
 			if err := export.CheckNames(i.name, i.description); err != nil {
 				return usageError{fmt.Errorf("serve: %w", err)}
@@ -84,8 +82,6 @@ last write or flush failed.`,
 				return usageError{fmt.Errorf("serve: --port %d is not between 0 and 65535", port)}
 			case d.shared < 0:
 				return usageError{fmt.Errorf("serve: --shared %d is negative; 0 means unlimited", d.shared)}
-			case memory < 1<<20:
-				return usageError{fmt.Errorf("serve: --memory %s is too little; give at least 1M", memory.String())}
 			}
 			if d.unix == "" || flags.Changed("port") || flags.Changed("bind") {
 				host := strings.TrimSuffix(strings.TrimPrefix(bind, "["), "]") // as in a URI
@@ -94,14 +90,9 @@ last write or flush failed.`,
 			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
 				return usageError{fmt.Errorf("serve: %w", err)}
 			}
-			d.memory, d.dirty = int64(memory), int64(dirty)
 			i.Path, i.Format = args[0], format.value
 			i.Cache, i.Locking = backend.CacheMode(cache.value), backend.LockingMode(locking.value)
 			i.DropCache = backend.DropCacheMode(dropCache.value)
-			log, err := control.NewLogger(control.NewLines(os.Stderr), logLevel.value, logFormat.value)
-			if err != nil {
-				return usageError{err}
-			}
 			return serve(d, []imageOptions{i}, signals, log)
 		},
 	}
@@ -115,20 +106,14 @@ last write or flush failed.`,
 	f.BoolVarP(&i.ReadOnly, "read-only", "r", false, "never write to the image")
 	f.BoolVar(&i.inactive, "inactive", false, "start without ownership: any number of exporters may")
 	i.demand.addTo(cmd)
-	f.StringVar(&d.control, "control", "", "control socket at `PATH`, for status, activate, inactivate and QMP tools")
+	process.addPaths(cmd)
 	ownerRecordFlag(cmd, &i.OwnerRecord)
-	f.StringVar(&d.pidFile, "pid-file", "", "write the process id to `PATH` once connections are accepted")
 	cache.addTo(cmd, "cache", "", "how the page cache is used")
 	locking.addTo(cmd, "locking", "", "lock the image while it is active")
 	dropCache.addTo(cmd, "drop-cache", "", "drop the page cache on activation")
-	f.Var(&memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
-	f.Var(&dirty, "handover-dirty", "slow writers, while inactivation syncs ahead, until at most `SIZE` is left to write")
 	f.IntVarP(&d.shared, "shared", "e", 0, "at most `N` connections at once; 0 for unlimited")
-	logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
-	logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
+	process.addRest(cmd)
 	f.SortFlags = false
-	for _, name := range []string{"socket", "control", "pid-file"} {
-		_ = cmd.MarkFlagFilename(name)
-	}
+	_ = cmd.MarkFlagFilename("socket")
 	return cmd
 }

@@ -1,0 +1,72 @@
+package main
+
+import (
+	"fmt"
+	"os"
+
+	"github.com/spf13/cobra"
+	"go.uber.org/zap"
+
+	"github.com/nbd-export/nbd-export/bench"
+	"github.com/nbd-export/nbd-export/control"
+)
+
+// processFlags are those of every verb that runs a process that serves images.
+type processFlags struct {
+	control, pidFile    string
+	memory, dirty       bench.Size
+	logLevel, logFormat *choice
+}
+
+func newProcessFlags() *processFlags {
+	return &processFlags{
+		memory: 256 << 20, dirty: 32 << 20,
+		logLevel:  choose("info", "debug", "warn", "error"),
+		logFormat: choose("console", "json"),
+	}
+}
+
+// addPaths and addRest add the flags; a verb's own may stand between them.
+func (p *processFlags) addPaths(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVar(&p.control, "control", "", "control socket at `PATH`, for status, handover, activate, inactivate and QMP tools")
+	f.StringVar(&p.pidFile, "pid-file", "", "write the process id to `PATH` once connections are accepted")
+	for _, name := range []string{"control", "pid-file"} {
+		_ = cmd.MarkFlagFilename(name)
+	}
+}
+
+func (p *processFlags) addRest(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.Var(&p.memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
+	f.Var(&p.dirty, "handover-dirty", "slow writers, while inactivation syncs ahead, until at most `SIZE` is left to write")
+	p.logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
+	p.logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
+}
+
+// settle checks the flags and puts them into d. An error is wrong usage.
+func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger, error) {
+	if err := needPaths(cmd, "control", "pid-file"); err != nil {
+		return nil, err
+	}
+	if p.memory < 1<<20 {
+		return nil, usageError{fmt.Errorf("%s: --memory %s is too little; give at least 1M", cmd.Name(), p.memory.String())}
+	}
+	d.control, d.pidFile = p.control, p.pidFile
+	d.memory, d.dirty = int64(p.memory), int64(p.dirty)
+	log, err := control.NewLogger(control.NewLines(os.Stderr), p.logLevel.value, p.logFormat.value)
+	if err != nil {
+		return nil, usageError{err}
+	}
+	return log, nil
+}
+
+// needPaths refuses flags of these names that are given and empty.
+func needPaths(cmd *cobra.Command, names ...string) error {
+	for _, name := range names {
+		if f := cmd.Flags().Lookup(name); f.Changed && f.Value.String() == "" {
+			return usageError{fmt.Errorf("%s: --%s needs a path", cmd.Name(), name)}
+		}
+	}
+	return nil
+}
