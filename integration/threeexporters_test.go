@@ -47,9 +47,7 @@ func TestThreeExporters(t *testing.T) {
 
 func runTrio(t *testing.T, dir string, d time.Duration, flags ...string) {
 	s := newTrio(t, dir, flags...)
-	for _, flag := range []string{"--inactive-writes", "--takeover"} {
-		s.can[flag] = has(t, flag)
-	}
+	s.onDemand = true
 	s.actions = s.allActions()
 	for ; d > 0 && !t.Failed(); d -= trioRound {
 		s.round(min(trioRound, d), s.orchestrate)
@@ -104,8 +102,8 @@ type trio struct {
 	image     string
 	flags     []string
 	actions   []*action
-	can       map[string]bool // the flags that serve has
-	takeovers int             // how many of 100 exporters take over by themselves, this round
+	onDemand  bool // exporters may hold writes and take over by themselves
+	takeovers int  // how many of 100 exporters take over by themselves, this round
 	start     time.Time
 	sites     [trioSites]*site
 	condemned bool // the judge is expected to find fault
@@ -157,7 +155,7 @@ type exporter struct {
 
 func newTrio(t *testing.T, dir string, flags ...string) *trio {
 	s := &trio{t: t, seed: soakSeed(t), image: sparseImage(t, dir, trioSize), flags: flags,
-		start: time.Now(), can: map[string]bool{"": true}, held: make([]uint64, trioSectors)}
+		start: time.Now(), held: make([]uint64, trioSectors)}
 	s.rnd = rand.New(rand.NewPCG(s.seed, 0))
 	for i := range s.sites {
 		s.sites[i] = &site{s: s, index: i, dir: shortDir(t)}
@@ -174,7 +172,7 @@ func (s *trio) round(d time.Duration, orchestrate func(context.Context)) {
 	t := s.t
 	s.rounds++
 	s.rec = &recording{Seed: s.seed, Round: s.rounds, First: s.held}
-	if s.can["--takeover"] {
+	if s.onDemand {
 		s.takeovers = []int{0, 40, 80}[s.rounds%3]
 	}
 	for _, w := range s.sites {

@@ -13,7 +13,7 @@ import (
 func (s *trio) habits(w *site) []string {
 	var flags []string
 	p := s.rnd.IntN(100)
-	if p < 40 && s.can["--inactive-writes"] {
+	if p < 40 && s.onDemand {
 		flags = append(flags, "--inactive-writes", fmt.Sprintf("hold=%dms", 1+s.rnd.IntN(500)))
 	}
 	if p < s.takeovers {

@@ -4,11 +4,9 @@ import (
 	"context"
 	"errors"
 	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"syscall"
-	"testing"
 	"time"
 )
 
@@ -16,13 +14,12 @@ import (
 type action struct {
 	name   string
 	weight int
-	needs  string // a flag of serve
 	run    func(*trio)
 	times  int
 }
 
 func (s *trio) allActions() []*action {
-	all := []*action{
+	return []*action{
 		{name: "hand over", weight: 20, run: (*trio).handOver},
 		{name: "want what has an owner", weight: 6, run: (*trio).wantOwned},
 		{name: "race for what has none", weight: 8, run: (*trio).race},
@@ -39,18 +36,8 @@ func (s *trio) allActions() []*action {
 		{name: "handover that is killed", weight: 8, run: (*trio).killedHandover},
 		{name: "handover from or to one that is stopped for a while", weight: 6, run: (*trio).frozenHandover},
 		{name: "handover from or to one that is killed", weight: 8, run: (*trio).handoverToTheDead},
-		{name: "leave it to takeovers", weight: 8, needs: "--takeover", run: (*trio).wait},
+		{name: "leave it to takeovers", weight: 8, run: (*trio).wait},
 	}
-	return slices.DeleteFunc(all, func(a *action) bool { return !s.can[a.needs] })
-}
-
-// has tells whether serve has a flag.
-func has(t *testing.T, flag string) bool {
-	if strings.Contains(cli(t, "serve", "--help").stdout, flag) {
-		return true
-	}
-	t.Logf("serve has no %s: without that", flag)
-	return false
 }
 
 // orchestrate does one action after the other until ctx ends.
