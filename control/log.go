@@ -44,8 +44,11 @@ func logTransition(log *zap.Logger, t state.Transition, pace *ioloop.Pace) {
 			level, msg = zapcore.WarnLevel, "image is inactive, but letting it go failed"
 		}
 	case state.OrderStop:
-		if t.Err != nil {
+		switch {
+		case t.Err != nil:
 			level = zapcore.ErrorLevel
+		case t.From == state.Inactive: // nobody's ownership changes
+			level = zapcore.DebugLevel
 		}
 	}
 	fields := []zap.Field{
