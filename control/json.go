@@ -34,19 +34,35 @@ type object struct {
 }
 
 // MarshalJSON makes *object a json.Marshaler.
-func (o *object) MarshalJSON() ([]byte, error) {
-	var b bytes.Buffer
-	b.WriteByte('{')
-	for i, name := range o.names {
-		if i > 0 {
-			b.WriteByte(',')
+func (o *object) MarshalJSON() ([]byte, error) { return appendJSON(nil, o), nil }
+
+// appendJSON appends a JSON value. It goes down by itself: encoding/json copies
+// and checks at each level again what a json.Marshaler has made.
+func appendJSON(dst []byte, v any) []byte {
+	switch v := v.(type) {
+	case number:
+		return append(dst, v...)
+	case []any:
+		dst = append(dst, '[')
+		for i, e := range v {
+			if i > 0 {
+				dst = append(dst, ',')
+			}
+			dst = appendJSON(dst, e)
 		}
-		b.Write(marshal(name))
-		b.WriteByte(':')
-		b.Write(marshal(o.values[name]))
+		return append(dst, ']')
+	case *object:
+		dst = append(dst, '{')
+		for i, name := range v.names {
+			if i > 0 {
+				dst = append(dst, ',')
+			}
+			dst = append(append(dst, marshal(name)...), ':')
+			dst = appendJSON(dst, v.values[name])
+		}
+		return append(dst, '}')
 	}
-	b.WriteByte('}')
-	return b.Bytes(), nil
+	return append(dst, marshal(v)...)
 }
 
 // inputError is a value that is no JSON: it is answered, and input goes on
