@@ -43,6 +43,9 @@ func parseOptions(text, implied string) (*object, error) {
 		if err != nil {
 			return nil, err
 		}
+		if _, err := d.next(); !errors.Is(err, io.EOF) {
+			return nil, parseError("something follows its end")
+		}
 		return v.(*object), nil // it began with a brace
 	}
 	if first, _, _ := strings.Cut(text, ","); implied != "" && first != "" && !strings.Contains(first, "=") {

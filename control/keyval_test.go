@@ -21,6 +21,8 @@ func TestParseOptions(t *testing.T) {
 		{"a..b=1", "", "invalid parameter 'a..b'"},
 		{"=1", "", "invalid parameter ''"},
 		{`{"a":`, "", "JSON parse error, it ends too early"},
+		{`{"a":1} {}`, "", "JSON parse error, something follows its end"},
+		{`{"a":1} x`, "", "JSON parse error, something follows its end"},
 		{`{"a"}`, "", "JSON parse error, missing : in object pair"},
 	} {
 		o, err := parseOptions(c.in, c.implied)
