@@ -304,7 +304,7 @@ func TestResize(t *testing.T) {
 		`block_resize {"size":4096}`, "Cannot find device='' nor node-name=''",
 		`block_resize {"node-name":"f","size":-1}`, "Parameter 'size' expects a >0 size",
 		`blockdev-add {"driver":"file","node-name":"r","filename":"b","read-only":true}`, "ok",
-		`block_resize {"node-name":"r","size":4096}`, "Block node is read-only",
+		`block_resize {"node-name":"r","size":4096}`, "Image is read-only",
 	)
 	g.owned("a b")
 	if size := g.Targets()[0].Image.Size(); size != 4096 {

@@ -26,7 +26,7 @@ func (s *session) blockResize(a args) (any, error) {
 	case len(t.Exports()) > 0:
 		return nil, generic("Permission conflict on node '%s': permissions 'resize' are both required by an unnamed block device (uses node '%s' as 'root' child) and unshared by an export (remove it first)", node, node)
 	case t.readOnly():
-		return nil, generic("Block node is read-only")
+		return nil, generic("Image is read-only")
 	}
 	img, ok := t.Image.(interface{ Resize(size int64) error })
 	if !ok {

@@ -536,6 +536,7 @@ func TestSameAnswers(t *testing.T) {
 			`nbd-server-start {"addr":{"type":"inet","data":{"host":"127.0.0.1","port":"0"}},"max-connections":1}`,
 			`blockdev-add {"driver":"raw","node-name":"b","read-only":true,"cache":{"direct":false,"no-flush":false},"file":{"driver":"file","filename":"b.img","node-name":"bf"}}`,
 			`query-named-block-nodes`,
+			`block_resize {"node-name":"b","size":4096}`,
 			`block-export-add {"type":"nbd","id":"b","node-name":"b","writable":true}`,
 			`block-export-add {"type":"nbd","id":"b","node-name":"bf","writable":true}`,
 			`blockdev-del {"node-name":"bf"}`,
