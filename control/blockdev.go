@@ -176,7 +176,7 @@ func (s *session) addTarget(t, old *Target) error {
 		err = s.server.cfg.Registry.publish(t, old)
 	}
 	if err != nil {
-		err = also(err, state.Stop(t.Machine))
+		err = also(err, t.close())
 	}
 	return err
 }
@@ -224,8 +224,9 @@ func (s *session) attach(format *blockNode, below string) error {
 func (s *session) replace(old, t *Target) error {
 	// Two machines of one file would keep each other out.
 	if err := state.Inactivate(context.Background(), old.Machine); err != nil {
-		return also(err, state.Stop(t.Machine))
+		return also(err, t.close())
 	}
+	old.setFileActive(t.file.active) // if it stays
 	if err := s.addTarget(t, old); err != nil {
 		return err
 	}
@@ -266,7 +267,7 @@ func (s *session) open(file, format *blockNode) (*Target, error) {
 		err = generic("'host_device' driver requires '%s' to be either a character or block device", file.filename)
 	}
 	if err != nil {
-		return nil, also(err, state.Stop(t.Machine))
+		return nil, also(err, t.close())
 	}
 	return t, nil
 }
@@ -312,7 +313,20 @@ func (s *session) blockdevDel(a args) (any, error) {
 	_, file.active = t.active()
 	alone, err := s.open(&file, nil)
 	if err != nil {
-		return nil, err
+		return nil, s.keepFile(t, &file)
 	}
 	return nil, s.replace(t, alone)
+}
+
+// keepFile takes the format node of t away where the file cannot be opened
+// anew, as after it was deleted: what is open of it stays, opened as it was.
+func (s *session) keepFile(t *Target, file *blockNode) error {
+	if err := state.Inactivate(context.Background(), t.Machine); err != nil {
+		return err
+	}
+	return s.server.cfg.Registry.publish(&Target{
+		Node: file.name, Machine: t.Machine, Image: t.Image, Disk: t.Disk, Device: t.Device, Direct: t.Direct,
+		Stats: t.Stats, Locks: t.Locks, Record: t.Record, Takeover: t.Takeover,
+		file: file, fileActive: file.active,
+	}, t)
 }

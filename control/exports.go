@@ -67,25 +67,30 @@ func (r *Registry) dropExport(e *blockExport) {
 	close(e.gone)
 }
 
-// removeExport begins to remove an export from a server, which is nil while
-// none runs. Unless it is hard, that fails while clients are connected.
-func (r *Registry) removeExport(id string, server *export.Server, hard bool) (*blockExport, error) {
+// removeExport begins to remove an export. Unless it is hard, that fails while
+// clients are connected. server is the one that has them, nil while none runs.
+func (r *Registry) removeExport(id string, n *NBD, hard bool) (e *blockExport, server *export.Server, err error) {
+	if n != nil {
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		server = n.server
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	e := r.exportLocked(id)
+	e = r.exportLocked(id)
 	switch {
 	case e == nil || !e.ready:
-		return nil, generic("Export '%s' is not found", id)
+		return nil, nil, generic("Export '%s' is not found", id)
 	case e.leaving:
-		return nil, generic("Export '%s' is already shutting down", id)
-	case server == nil || e.served == nil:
-	case hard:
-		server.Exports.Remove(e.served.Name)
+		return nil, nil, generic("Export '%s' is already shutting down", id)
+	case n == nil || e.served == nil:
+	case hard || server == nil: // a server yet to be started would have it
+		n.exports.Remove(e.served.Name)
 	case !server.RemoveUnused(e.served):
-		return nil, generic("export '%s' still in use", id)
+		return nil, nil, generic("export '%s' still in use", id)
 	}
 	e.leaving = true
-	return e, nil
+	return e, server, nil
 }
 
 // removeExports begins to remove all exports that clients can find.
@@ -242,8 +247,7 @@ func checkContents(r *Registry, t *Target, e *blockExport, a args) error {
 // blockExportDel removes an export. Where no client has to leave first, the
 // event comes before the answer, as in QEMU.
 func (s *session) blockExportDel(a args) (any, error) {
-	server := s.server.cfg.NBD.running()
-	e, err := s.server.cfg.Registry.removeExport(arg[string](a, "id"), server, arg[string](a, "mode") == "hard")
+	e, server, err := s.server.cfg.Registry.removeExport(arg[string](a, "id"), s.server.cfg.NBD, arg[string](a, "mode") == "hard")
 	if err != nil {
 		return nil, err
 	}

@@ -4,10 +4,12 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io/fs"
 	"net"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -16,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/export"
 	"github.com/nbd-export/nbd-export/ioloop"
 	"github.com/nbd-export/nbd-export/state"
 )
@@ -30,12 +33,13 @@ type graph struct {
 	mu     sync.Mutex
 	open   map[string]int // images open now
 	locked map[string]bool
+	gone   map[string]bool // cannot be opened any more
 	opened []backend.Options
 }
 
 func newGraph(t *testing.T) *graph {
 	t.Helper()
-	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool)}
+	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool), gone: make(map[string]bool)}
 	engine := ioloop.NewEngine(ioloop.Config{})
 	n := &NBD{Mover: engine, Log: zap.NewNop()}
 	t.Cleanup(func() { _ = n.Shutdown(context.Background()) })
@@ -82,7 +86,7 @@ func (s *sized) Close() error {
 }
 
 func (g *graph) openImage(o backend.Options) (*Target, error) {
-	if o.Path == "none" || o.Format == "qcow2" {
+	if o.Path == "none" || g.gone[o.Path] || o.Format == "qcow2" {
 		return nil, &fs.PathError{Op: "open image", Path: o.Path, Err: fmt.Errorf("%w; look again", unix.ENOENT)}
 	}
 	g.mu.Lock()
@@ -397,6 +401,92 @@ func listener(t *testing.T, path string) <-chan string {
 	}
 	<-ready
 	return events
+}
+
+// A format node goes although its file was deleted: the file node stays what
+// it was.
+func TestFileGone(t *testing.T) {
+	g := newGraph(t)
+	g.start()
+	g.talk(
+		`blockdev-add {"driver":"file","node-name":"f","filename":"a"}`, "ok",
+		`blockdev-add {"driver":"raw","node-name":"r","file":"f"}`, "ok",
+	)
+	g.gone["a"] = true
+	g.talk(
+		`blockdev-del {"node-name":"r"}`, "ok",
+		`blockdev-del {"node-name":"r"}`, "Failed to find node",
+	)
+	g.nodes("f!")
+	g.owned("a")
+	g.talk(
+		`block-export-add {"type":"nbd","id":"e","node-name":"f","writable":true}`, "ok",
+		`block-export-del {"id":"e"}`, "BLOCK_EXPORT_DELETED e", "ok",
+		`blockdev-add {"driver":"raw","node-name":"r","file":"f"}`, "Could not open 'a'",
+		`blockdev-del {"node-name":"f"}`, "ok",
+	)
+	g.nodes("")
+	if n := g.open["a"]; n != 0 || g.locked["a"] {
+		t.Errorf("%d open, locked %t", n, g.locked["a"])
+	}
+}
+
+// An export that is removed before the server starts is not there when it does.
+func TestExportGoneBeforeStart(t *testing.T) {
+	g := newGraph(t)
+	target, err := g.openImage(backend.Options{Path: "a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	target.Node, target.Export = "image0", Export{ID: "export0", Name: "x"}
+	target.Served = &export.Export{Name: "x", Disk: target.Disk}
+	if err := g.Add(target); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.config.NBD.Add(target.Served); err != nil {
+		t.Fatal(err)
+	}
+	g.talk(`block-export-del {"id":"export0"}`, "BLOCK_EXPORT_DELETED export0", "ok")
+	if e := g.config.NBD.exports.Lookup("x"); e != nil {
+		t.Error("it is still there")
+	}
+}
+
+// An order for all images is for those that are left, where one is removed
+// while it begins.
+func TestOrderWhileRemoving(t *testing.T) {
+	b := newBed(t, 3)
+	remove := func(i int) {
+		target := b.Targets()[i]
+		b.Remove(target)
+		if err := target.close(); err != nil {
+			t.Error(err)
+		}
+	}
+	var seen []int
+	activate := func(o order) error {
+		seen = append(seen, len(o.targets)+len(o.files))
+		if len(seen) == 1 {
+			remove(2)
+		}
+		return state.Activate(context.Background(), state.ActivateOptions{}, machines(o.targets)...)
+	}
+	if err := b.carryOut(nil, activate); err != nil || !slices.Equal(seen, []int{3, 2}) {
+		t.Errorf("%v, images %v", err, seen)
+	}
+	b.want(t, state.Active, state.Active)
+	seen = nil
+	err := b.carryOut([]string{"image1"}, func(o order) error {
+		remove(1)
+		return state.Inactivate(context.Background(), machines(o.targets)...)
+	})
+	if err == nil || err.Error() != "Failed to find node with node-name='image1'" {
+		t.Errorf("got %v", err)
+	}
+	b.stop()
+	if err := b.Activate(context.Background(), state.ActivateOptions{}); !errors.Is(err, errStopping) {
+		t.Errorf("got %v", err)
+	}
 }
 
 // Who does not read events is dropped, and holds up nobody.

@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -237,15 +238,28 @@ func (r *Registry) stop() []*Target {
 // of all if none is named; of none of them if one fails. A file node below a
 // format node is activated alone, which owns nothing.
 func (r *Registry) Activate(ctx context.Context, opt state.ActivateOptions, nodes ...string) error {
-	o, err := r.order(nodes)
-	if err != nil {
-		return err
+	return r.carryOut(nodes, func(o order) error {
+		if err := state.Activate(ctx, opt, machines(o.targets)...); err != nil {
+			return err
+		}
+		o.done(true)
+		return nil
+	})
+}
+
+// carryOut gives f the images with these nodes. Where one of them is removed
+// meanwhile, the order is for those that are there then.
+func (r *Registry) carryOut(nodes []string, f func(order) error) error {
+	for {
+		o, err := r.order(nodes)
+		if err == nil {
+			err = f(o)
+		}
+		// An image that refuses orders for good is not in the registry any more.
+		if !errors.Is(err, state.ErrStopping) || r.isStopping() {
+			return err
+		}
 	}
-	if err := state.Activate(ctx, opt, machines(o.targets)...); err != nil {
-		return err
-	}
-	o.done(true)
-	return nil
 }
 
 // InactivateOptions refine Inactivate.
@@ -257,10 +271,10 @@ type InactivateOptions struct {
 // Inactivate hands back the images with these nodes, or all if none is
 // named; none of them if one fails.
 func (r *Registry) Inactivate(ctx context.Context, opt InactivateOptions, nodes ...string) error {
-	o, err := r.order(nodes)
-	if err != nil {
-		return err
-	}
+	return r.carryOut(nodes, func(o order) error { return inactivate(ctx, opt, o) })
+}
+
+func inactivate(ctx context.Context, opt InactivateOptions, o order) error {
 	for _, t := range o.files {
 		if t.format != nil && t.Machine.Status().State != state.Inactive {
 			return generic("Node has active parent node (inactivate '%s' instead of '%s')", t.format.name, t.file.name)
