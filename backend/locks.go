@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -91,8 +92,13 @@ func newLockError(path string, b lockByte) *LockError {
 	return e
 }
 
-// noLocks says that locks cannot protect the image.
+// noLocks says that locks cannot protect the image, unless why has nothing to
+// do with them, as when there are too many open files.
 func noLocks(path string, why error) error {
+	errno, ok := errors.AsType[unix.Errno](why)
+	if !ok || !slices.Contains([]unix.Errno{unix.ENOLCK, unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL}, errno) {
+		return &fs.PathError{Op: "lock", Path: path, Err: why}
+	}
 	return &fs.PathError{Op: "lock", Path: path, Err: fmt.Errorf(
 		"byte-range locks do not work on this file (%w), so another program could write to it unnoticed; if you see to it that none does, use --locking off", why)}
 }

@@ -240,6 +240,27 @@ func TestLocksDoNotWork(t *testing.T) {
 	}
 }
 
+// An error that says nothing about locks is no reason to go on without.
+func TestLockFails(t *testing.T) {
+	for op, errno := range map[sysop]unix.Errno{opReopen: unix.EMFILE, opLock: unix.EIO, opTestLock: unix.EIO} {
+		path := writeFile(t, t.TempDir(), make([]byte, 4096))
+		r := openImage(t, Options{Path: path}, nil)
+		r.faults = func(o sysop, _ int64, n int) (int, error) {
+			if o == op {
+				return 0, errno
+			}
+			return n, nil
+		}
+		err := activate(r, false)
+		if !errors.Is(err, errno) || strings.Contains(err.Error(), "--locking") {
+			t.Errorf("%v: %v", op, err)
+		}
+		if l := procLocks(t, path); len(l) != 0 {
+			t.Errorf("left: %v", l)
+		}
+	}
+}
+
 func TestLocksLost(t *testing.T) {
 	onEach(t, func(t *testing.T, dir string) {
 		path := writeFile(t, dir, make([]byte, 4096))
