@@ -213,11 +213,31 @@ func (s *session) attach(format *blockNode, below string) error {
 	}
 	file := *old.file
 	file.active = active
-	t, err := s.open(&file, format)
+	t, err := s.reopen(old, &file, format)
 	if err != nil {
 		return err
 	}
 	return s.replace(old, t)
+}
+
+// reopen opens the file of old anew, for other nodes.
+func (s *session) reopen(old *Target, file, format *blockNode) (*Target, error) {
+	t, err := s.open(file, format)
+	if err == nil && !sameFile(old, t) {
+		err = generic("Could not open '%s': it is not the file any more that node '%s' has open; remove that node and add it again", file.filename, file.name)
+		return nil, also(err, t.close())
+	}
+	return t, err
+}
+
+func sameFile(a, b *Target) bool {
+	key := func(t *Target) (k [2]uint64) {
+		if i, ok := t.Image.(interface{ Key() (dev, ino uint64) }); ok {
+			k[0], k[1] = i.Key()
+		}
+		return k
+	}
+	return key(a) == key(b)
 }
 
 // replace puts t in the place of old, which is the same file with other nodes.
@@ -311,7 +331,7 @@ func (s *session) blockdevDel(a args) (any, error) {
 	}
 	file := *t.file
 	_, file.active = t.active()
-	alone, err := s.open(&file, nil)
+	alone, err := s.reopen(t, &file, nil)
 	if err != nil {
 		return nil, s.keepFile(t, &file)
 	}
@@ -319,7 +339,7 @@ func (s *session) blockdevDel(a args) (any, error) {
 }
 
 // keepFile takes the format node of t away where the file cannot be opened
-// anew, as after it was deleted: what is open of it stays, opened as it was.
+// anew, as after it was deleted or replaced: what is open of it stays, opened as it was.
 func (s *session) keepFile(t *Target, file *blockNode) error {
 	if err := state.Inactivate(context.Background(), t.Machine); err != nil {
 		return err

@@ -34,12 +34,13 @@ type graph struct {
 	open   map[string]int // images open now
 	locked map[string]bool
 	gone   map[string]bool // cannot be opened any more
+	moved  map[string]bool // another file is there
 	opened []backend.Options
 }
 
 func newGraph(t *testing.T) *graph {
 	t.Helper()
-	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool), gone: make(map[string]bool)}
+	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool), gone: make(map[string]bool), moved: make(map[string]bool)}
 	engine := ioloop.NewEngine(ioloop.Config{})
 	n := &NBD{Mover: engine, Log: zap.NewNop()}
 	t.Cleanup(func() { _ = n.Shutdown(context.Background()) })
@@ -97,6 +98,9 @@ func (g *graph) openImage(o backend.Options) (*Target, error) {
 	img.info = backend.Info{Path: o.Path, Format: o.Format, ReadOnly: o.ReadOnly}
 	for i, c := range []byte(o.Path) {
 		img.ino += uint64(c) << (8 * (i % 8))
+	}
+	if g.moved[o.Path] {
+		img.ino++
 	}
 	m := state.NewMachine(img, state.Options{ReadOnly: o.ReadOnly})
 	return &Target{Image: img, Machine: m, Disk: ioloop.NewDisk(img, m), Device: o.Path == "device"}, nil
@@ -403,31 +407,32 @@ func listener(t *testing.T, path string) <-chan string {
 	return events
 }
 
-// A format node goes although its file was deleted: the file node stays what
-// it was.
+// A format node goes although its file was deleted, or another is in its place:
+// the file node stays what it was.
 func TestFileGone(t *testing.T) {
-	g := newGraph(t)
-	g.start()
-	g.talk(
-		`blockdev-add {"driver":"file","node-name":"f","filename":"a"}`, "ok",
-		`blockdev-add {"driver":"raw","node-name":"r","file":"f"}`, "ok",
-	)
-	g.gone["a"] = true
-	g.talk(
-		`blockdev-del {"node-name":"r"}`, "ok",
-		`blockdev-del {"node-name":"r"}`, "Failed to find node",
-	)
-	g.nodes("f!")
-	g.owned("a")
-	g.talk(
-		`block-export-add {"type":"nbd","id":"e","node-name":"f","writable":true}`, "ok",
-		`block-export-del {"id":"e"}`, "BLOCK_EXPORT_DELETED e", "ok",
-		`blockdev-add {"driver":"raw","node-name":"r","file":"f"}`, "Could not open 'a'",
-		`blockdev-del {"node-name":"f"}`, "ok",
-	)
-	g.nodes("")
-	if n := g.open["a"]; n != 0 || g.locked["a"] {
-		t.Errorf("%d open, locked %t", n, g.locked["a"])
+	for _, moved := range []bool{false, true} {
+		g := newGraph(t)
+		g.start()
+		g.talk(
+			`blockdev-add {"driver":"file","node-name":"f","filename":"a"}`, "ok",
+			`blockdev-add {"driver":"raw","node-name":"r","file":"f"}`, "ok",
+		)
+		g.gone["a"], g.moved["a"] = !moved, moved
+		g.talk(
+			`blockdev-del {"node-name":"r"}`, "ok",
+			`blockdev-del {"node-name":"r"}`, "Failed to find node",
+		)
+		g.nodes("f!")
+		g.owned("a")
+		g.talk(
+			`block-export-add {"type":"nbd","id":"e","node-name":"f","writable":true}`, "ok",
+			`block-export-del {"id":"e"}`, "BLOCK_EXPORT_DELETED e", "ok",
+			`blockdev-add {"driver":"raw","node-name":"r","file":"f"}`, "Could not open 'a'",
+		)
+		g.nodes("f!")
+		g.talk(`blockdev-del {"node-name":"f"}`, "ok")
+		g.nodes("")
+		g.owned("")
 	}
 }
 
