@@ -162,12 +162,12 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		row("connections", "%d", i.Connections)
 		row("in flight", "%d", i.InFlight)
 		if i.Held > 0 {
-			row("held", "%s in %d writes, until the image is active", about(uint64(i.HeldBytes)), i.Held)
+			row("held", "%s in %s, until the image is active", about(uint64(i.HeldBytes)), count(uint64(i.Held), "write"))
 		}
-		row("read", "%s in %d requests", about(i.BytesRead), i.Reads)
-		row("written", "%s in %d requests", about(i.BytesWritten), i.Writes)
+		row("read", "%s in %s", about(i.BytesRead), count(i.Reads, "request"))
+		row("written", "%s in %s", about(i.BytesWritten), count(i.Writes, "request"))
 		if i.Refused+i.Errors > 0 {
-			row("answered", "%d requests refused, %d with an error", i.Refused, i.Errors)
+			row("answered", "%s refused, %d with an error", count(i.Refused, "request"), i.Errors)
 		}
 		if i.Cause != "" {
 			row("failed", "%s", i.Cause)
@@ -196,6 +196,14 @@ func recordText(r control.Record) string {
 		return fmt.Sprintf("per process (%s)", r.PerProcess)
 	}
 	return "unknown" // an older server
+}
+
+// count is n and what is counted: "1 request", "2 requests".
+func count(n uint64, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
 }
 
 // about is n bytes in the unit that fits: "1.2 GiB".

@@ -76,3 +76,50 @@ last error   line one; line two
 		t.Errorf("%v, got\n%s", err, b.String())
 	}
 }
+
+// TestStatusesAligned: an image stands in one row for all servers that have
+// it, by path, else node, else export.
+func TestStatusesAligned(t *testing.T) {
+	block := func(image, node, export string) []statusRow {
+		rows := []statusRow{{"image", image}, {"node", node}}
+		if export != "" {
+			rows = append(rows, statusRow{"export", export})
+		}
+		return rows
+	}
+	head := []statusRow{{"control", "x"}}
+	for _, c := range []struct{ columns, want string }{
+		{"/a n1|/b n2", "/a /b"}, // one each
+		{"/a n1,/b n2|/b n2,/a n1", "/a /a,/b /b"},
+		{"/a n1,/b n2|/c n3,/b n4", "/a -,/b /b,- /c"},
+		{"/a n1,/b n2|/y n2,/x n1", "/a /x,/b /y"},
+		{"/a n1 e1,/b n2 e2|/y n4 e2,/x n3 e1", "/a /x,/b /y"},
+		{"/a n1,/b n2|/b n1", "/a -,/b /b"}, // the path counts more
+		{"/a n1,/a n2|/a n2,/a n1", "/a /a,/a /a"},
+		{"|/a n1,/b n2", "- /a,- /b"}, // does not answer
+		{"/a n1|/b n2,/c n3|/c n3,/a n1", "/a - /a,- /b -,- /c /c"},
+	} {
+		var columns [][][]statusRow
+		for text := range strings.SplitSeq(c.columns, "|") {
+			column := [][]statusRow{head}
+			for image := range strings.SplitSeq(text, ",") {
+				if f := append(strings.Fields(image), "", ""); f[0] != "" {
+					column = append(column, block(f[0], f[1], f[2]))
+				}
+			}
+			columns = append(columns, column)
+		}
+		alignImages(columns)
+		var rows []string
+		for n := 1; n < len(columns[0]); n++ {
+			var row []string
+			for _, column := range columns {
+				row = append(row, valueOf(column[n], "image"))
+			}
+			rows = append(rows, strings.Join(row, " "))
+		}
+		if got := strings.Join(rows, ","); got != c.want {
+			t.Errorf("%s: %s; want %s", c.columns, got, c.want)
+		}
+	}
+}
