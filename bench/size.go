@@ -78,4 +78,4 @@ func (s *Size) Set(text string) error {
 }
 
 // Type names the flag's argument in help texts.
-func (s *Size) Type() string { return "size" }
+func (s *Size) Type() string { return "SIZE" }

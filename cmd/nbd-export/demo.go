@@ -51,8 +51,8 @@ Exit status is 1 if anything was lost.`,
 			return runDemo(cmd, c)
 		},
 	}
-	cmd.Flags().IntVar(&c.Handovers, "handovers", 20, "in each direction")
-	cmd.Flags().StringVar(&c.Dir, "dir", "", "where the temporary image is made (default the system's directory for such)")
+	cmd.Flags().IntVar(&c.Handovers, "handovers", 20, "`N` handovers in each direction")
+	cmd.Flags().StringVar(&c.Dir, "dir", "", "`DIR` in which the temporary image is made (default the system's directory for such)")
 	return cmd
 }
 
