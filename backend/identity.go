@@ -125,7 +125,7 @@ func (o *ownerRecord) note(nonce string) (bool, error) {
 	next.Nonce = nonce
 	if err := replaceRecord(path, next.bytes(), &o.stat, o.faults); err != nil {
 		return false, &fs.PathError{Op: "write owner record", Path: path, Err: fmt.Errorf(
-			"%w; without it nobody can tell that two exporters have the same image", err)}
+			"%w; without it nobody can tell that two exporters have the same image; make room for it, or inactivate the one and activate the other", err)}
 	}
 	o.mine = &next
 	return true, nil

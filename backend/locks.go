@@ -75,7 +75,7 @@ func (e *LockError) Error() string {
 	if e.Holder != "" {
 		by = "owned by " + e.Holder
 	}
-	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (nbd-export inactivate --control SOCKET), or stop that program",
+	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (nbd-export inactivate --control CTL), or stop that program",
 		by, shared, e.Perm, e.Path)
 }
 

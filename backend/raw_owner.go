@@ -254,7 +254,7 @@ func (r *Raw) removed() error {
 	if fd := r.cur.Load().file.fd; fd >= 0 {
 		where = "; its bytes are still at " + procPath(fd)
 	}
-	return r.fail("activate", fmt.Errorf("the image was removed while this process had it open%s: %w", where, unix.ENOENT))
+	return r.fail("activate", fmt.Errorf("the image was removed or renamed while this process had it open%s: %w", where, unix.ENOENT))
 }
 
 // procPath is where others find what is open as fd.

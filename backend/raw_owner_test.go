@@ -467,7 +467,7 @@ func TestReplaced(t *testing.T) {
 		err := activate(r, false)
 		wantErrno(t, err, unix.ENOENT)
 		where := procPath(r.cur.Load().file.fd)
-		if strings.Contains(err.Error(), "truncate") || !strings.Contains(err.Error(), "was removed while this process had it open; its bytes are still at "+where) {
+		if strings.Contains(err.Error(), "truncate") || !strings.Contains(err.Error(), "was removed or renamed while this process had it open; its bytes are still at "+where) {
 			t.Error(err)
 		}
 		wantContent(t, where, pattern(5000, 1))

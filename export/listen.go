@@ -95,6 +95,10 @@ func ListenUnixMode(path string, mode fs.FileMode) (net.Listener, error) {
 		return fail("its directory does not exist; make it or choose another path")
 	case errors.Is(err, syscall.EADDRINUSE):
 		return fail("another server has just taken it; stop it or choose another path")
+	case errors.Is(err, fs.ErrPermission):
+		return fail("permission denied; choose a directory in which the user that runs nbd-export may write")
+	case errors.Is(err, syscall.EROFS):
+		return fail("its file system is read-only; choose another path")
 	case err != nil:
 		return fail("%w", errors.Unwrap(err))
 	}

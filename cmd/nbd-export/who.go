@@ -114,11 +114,11 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 	case seen.Written() && claimed && w.Process != backend.ProcessEnded:
 		w.State, w.Verdict = whoOwned, "owned by "+owner+"; it is locked as that says"
 	case seen.Written() && claimed:
-		w.State, w.Verdict = whoForeign, "locked by another program, one that writes no record (QEMU writes none): the record says owned by "+owner+", but that process has ended"
+		w.State, w.Verdict = whoForeign, "locked by another program, one that writes no record (QEMU, or an exporter without one): the record says owned by "+owner+", but that process has ended"
 	case seen.Written() && r != nil:
-		w.State, w.Verdict = whoForeign, "locked by another program, one that writes no record (QEMU writes none): the record says let go in order by "+owner
+		w.State, w.Verdict = whoForeign, "locked by another program, one that writes no record (QEMU, or an exporter without one): the record says let go in order by "+owner
 	case seen.Written():
-		w.State, w.Verdict = whoForeign, "locked by a program that writes no record (QEMU writes none)"
+		w.State, w.Verdict = whoForeign, "locked by a program that writes no record (QEMU, or an exporter without one)"
 	case claimed:
 		w.State = whoLeft
 		w.Verdict = "record says owned by " + owner + ", but no lock of an owner is held: "

@@ -39,7 +39,7 @@ func TestJudge(t *testing.T) {
 	}{
 		{nil, nil, "free", "nobody owns it"},
 		{nil, reader, "readers", "nobody owns it; readers hold locks"},
-		{nil, writer, "foreign", "QEMU writes none"},
+		{nil, writer, "foreign", "writes no record (QEMU, or an exporter without one)"},
 		{&clean, nil, "free", "the last owner let go in order: " + text},
 		{&clean, reader, "readers", "in order: " + text + "; readers hold locks"},
 		{&clean, writer, "foreign", "the record says let go in order by " + text},
