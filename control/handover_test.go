@@ -205,7 +205,7 @@ func TestHandoverRefused(t *testing.T) {
 		"another image":      {func(a, b *fakeSide) { b.store = newFakeStore(2) }, "not the same image"},
 		"no record":          {func(a, b *fakeSide) { a.noRecord = true }, "--assume-same-image"},
 		"other size":         {func(a, b *fakeSide) { b.size++ }, "1048577"},
-		"other format":       {func(a, b *fakeSide) { b.format = "qcow2" }, "qcow2 at node image0"},
+		"other format":       {func(a, b *fakeSide) { b.format = "qcow2" }, "qcow2 at the other (node image0)"},
 		"unusable":           {func(a, b *fakeSide) { b.unusable = "permission denied" }, "permission denied"},
 		"read-only":          {func(a, b *fakeSide) { b.readOnly = true }, "without --read-only"},
 		"source failed":      {func(a, b *fakeSide) { a.failed = "failed(io)" }, "failed(io) at the source"},

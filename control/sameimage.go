@@ -236,9 +236,9 @@ func reasons(a *Identity, bs []Identity) string {
 func (p *Pair) alike() error {
 	switch {
 	case p.A.Format != p.B.Format:
-		return fmt.Errorf("%s is %s at node %s and %s at node %s; give both exporters the same format", p.A.Image, p.A.Format, p.A.Node, p.B.Format, p.B.Node)
+		return fmt.Errorf("%s is %s at one side (node %s) and %s at the other (node %s); give both exporters the same format", p.A.Image, p.A.Format, p.A.Node, p.B.Format, p.B.Node)
 	case p.A.Size != p.B.Size:
-		return fmt.Errorf("%s has %d bytes at node %s and %d at node %s; restart the exporter that has the wrong size", p.A.Image, p.A.Size, p.A.Node, p.B.Size, p.B.Node)
+		return fmt.Errorf("%s has %d bytes at one side (node %s) and %d at the other (node %s); restart the exporter that has the wrong size", p.A.Image, p.A.Size, p.A.Node, p.B.Size, p.B.Node)
 	}
 	return nil
 }
