@@ -125,8 +125,9 @@ func (s *Server) Run(command, options string) error {
 	}
 	cmd := findCommand(command)
 	checked, err := cmd.check("", given)
-	if err == nil {
-		_, err = cmd.run(&session{server: s}, checked)
+	if err != nil { // in the words of who gave it
+		return errors.New(strings.Replace(err.Error(), "'addr.data.", "'addr.", 1))
 	}
+	_, err = cmd.run(&session{server: s}, checked)
 	return err
 }

@@ -245,7 +245,7 @@ func TestStorageDaemonFlags(t *testing.T) {
 			{"--blockdev", "file,node-name", "expected '='"},
 			{"--blockdev", "file,node-name=f,filename=/none,read-only=perhaps", "Invalid parameter type for 'read-only', expected: boolean"},
 			{"--export", "nbd,id=e,node-name=x", "node-name='x'"},
-			{"--nbd-server", "addr.type=unix", "Parameter 'addr.data.path' is missing"},
+			{"--nbd-server", "addr.type=unix", "Parameter 'addr.path' is missing"},
 		} {
 			wantFailure(t, cli(t, "daemon", "--control", filepath.Join(shortDir(t), "ctl"), c[0], c[1]), 1, c[2])
 		}
