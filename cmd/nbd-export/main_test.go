@@ -32,6 +32,8 @@ func TestUsage(t *testing.T) {
 		{"status --control /no/such", 1, `no server answers at /no/such: no such file or directory; is "nbd-export serve --control /no/such" running?`},
 		{"activate --abandon --control /x", 2, "unknown flag: --abandon; see nbd-export activate --help"},
 		{"activate --control /no/such", 1, "no server answers at /no/such: "},
+		{"inactivate --control /x --control /y", 2, "it is given already, as /x, and may be given once; see nbd-export inactivate --help"},
+		{"handover --from /x --to /y --to /z", 2, "it is given already, as /y, and may be given once; see nbd-export handover --help"},
 		{"inactivate --control unix:/no/such", 1, "no server answers at /no/such: "},
 		{"serve", 2, "serve needs one argument, IMAGE; see nbd-export serve --help"},
 		{"serve a b", 2, `serve takes one argument, IMAGE, but got "b" too; see`},
