@@ -45,7 +45,7 @@ func (c *conn) run() {
 	client := zap.String("client", c.remote)
 	log.Info("client connected", client, name)
 	codec := newCodec(a.terms)
-	err = c.srv.Mover.Serve(c.nc, codec, a.export.Disk, a.terms.size)
+	err = c.srv.Mover.Serve(c.nc, codec, a.export.Disk)
 	if err == nil {
 		err = codec.ended()
 	}

@@ -221,7 +221,7 @@ func FuzzTransmission(f *testing.F) {
 	f.Fuzz(func(t *testing.T, in []byte, structured bool) {
 		m := &inMemory{disk: make([]byte, 4096)}
 		c := newCodec(terms{size: 4096, trans: transFlags(testInfo(), false, structured), structured: structured, context: true})
-		_ = m.Serve(closable{&recorded{in: bytes.NewReader(in)}}, c, nil, 4096)
+		_ = m.Serve(closable{&recorded{in: bytes.NewReader(in)}}, c, nil)
 		if len(m.disk) != 4096 {
 			t.Fatal("the disk has changed its size")
 		}

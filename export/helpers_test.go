@@ -245,7 +245,7 @@ func greeted(t testing.TB, x *Exports, change ...func(*handshake)) (*peer, <-cha
 // of ioloop.Codec in its plainest form.
 type inMemory struct{ disk []byte }
 
-func (m *inMemory) Serve(nc net.Conn, c ioloop.Codec, _ *ioloop.Disk, size int64) error {
+func (m *inMemory) Serve(nc net.Conn, c ioloop.Codec, _ *ioloop.Disk) error {
 	defer func() { _ = nc.Close() }()
 	var in []byte
 	need := func(n int) error {

@@ -32,9 +32,8 @@ var ErrServerClosed = errors.New("server closed")
 // Mover serves the transmission phase of connections; *ioloop.Engine is one.
 type Mover interface {
 	// Serve moves the requests of one connection until it ends, and closes
-	// nc. size is the connection's size in bytes. Closing nc from elsewhere
-	// must end it.
-	Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk, size int64) error
+	// nc. Closing nc from elsewhere must end it.
+	Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk) error
 }
 
 // finisher is a Mover that can end its connections in order: what they have

@@ -187,7 +187,7 @@ func TestAcceptErrors(t *testing.T) {
 // answers nothing.
 type waiting struct{}
 
-func (waiting) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk, _ int64) error {
+func (waiting) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk) error {
 	defer func() { _ = nc.Close() }()
 	if _, err := io.Copy(io.Discard, nc); !errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
@@ -198,7 +198,7 @@ func (waiting) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk, _ int64) error
 // stuck is a Mover that only ends when its connection is closed.
 type stuck struct{}
 
-func (stuck) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk, _ int64) error {
+func (stuck) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk) error {
 	for {
 		if _, err := nc.Read(make([]byte, 1)); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			return nc.Close()
@@ -550,7 +550,7 @@ type optionsOf struct {
 	entered chan map[string]int
 }
 
-func (o *optionsOf) Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk, size int64) error {
+func (o *optionsOf) Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk) error {
 	got := make(map[string]int)
 	if t, ok := nc.(*net.TCPConn); ok {
 		raw, _ := t.SyscallConn()
@@ -560,5 +560,5 @@ func (o *optionsOf) Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk, size int6
 		})
 	}
 	o.entered <- got
-	return o.waiting.Serve(nc, c, d, size)
+	return o.waiting.Serve(nc, c, d)
 }

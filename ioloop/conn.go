@@ -69,7 +69,6 @@ type conn struct {
 	disk  *Disk
 	pace  *Pace // the disk's
 	lane  *state.Lane
-	size  int64
 	out   outgoing
 	room  chan struct{} // a task or memory was freed; capacity 1
 
@@ -120,9 +119,9 @@ type conn struct {
 	}
 }
 
-func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk, size int64) *conn {
+func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk) *conn {
 	c := &conn{
-		e: e, nc: nc, t: newTransport(nc), codec: codec, disk: d, pace: d.pace, size: size,
+		e: e, nc: nc, t: newTransport(nc), codec: codec, disk: d, pace: d.pace,
 		room: make(chan struct{}, 1), done: make(chan struct{}),
 	}
 	if a := nc.RemoteAddr(); a != nil {

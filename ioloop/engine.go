@@ -135,11 +135,10 @@ func (e *Engine) Memory() (used, limit int64) {
 }
 
 // Serve moves the requests of one negotiated connection until the client
-// leaves, the stream breaks, or the engine shuts down; it closes nc. size is
-// the export's size in bytes as this connection was told. The error is nil if
-// the connection ended in order.
-func (e *Engine) Serve(nc net.Conn, codec Codec, d *Disk, size int64) error {
-	c := newConn(e, nc, codec, d, size)
+// leaves, the stream breaks, or the engine shuts down; it closes nc. The error
+// is nil if the connection ended in order.
+func (e *Engine) Serve(nc net.Conn, codec Codec, d *Disk) error {
+	c := newConn(e, nc, codec, d)
 	e.mu.Lock()
 	if e.shut {
 		e.mu.Unlock()

@@ -509,7 +509,7 @@ func (r *rig) connectOver(codec *testCodec, link func(testing.TB) (a, b net.Conn
 	a, b := link(r.t)
 	c := &client{r: r, t: r.t, nc: a, br: bufio.NewReaderSize(a, 256<<10), served: make(chan error, 1)}
 	go func() {
-		c.served <- r.e.Serve(b, codec, r.d, r.size)
+		c.served <- r.e.Serve(b, codec, r.d)
 		close(c.served)
 	}()
 	eventually(r.t, "the connection is served", func() bool { c.conn = r.connOf(b); return c.conn != nil })

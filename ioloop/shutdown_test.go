@@ -77,7 +77,7 @@ func TestShutdownAnswers(t *testing.T) {
 			await(t, done, "shutting down")
 			// Nobody new.
 			a, b := link(t)
-			must(t, r.e.Serve(b, &testCodec{}, r.d, r.size))
+			must(t, r.e.Serve(b, &testCodec{}, r.d))
 			if _, err := a.Read(make([]byte, 1)); err != io.EOF {
 				t.Fatal(err)
 			}
