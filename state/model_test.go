@@ -9,6 +9,7 @@ import (
 	"strings"
 	"testing"
 	"testing/synctest"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -27,6 +28,9 @@ type modelMachine struct {
 	op                 *modelOp
 	others             int                 // admitted, not reads
 	reads              []*modelRead        // under way
+	hold               bool                // Options.Hold
+	losses             int                 // of ownership
+	waiting            []modelWrite        // writes that have to ask again
 	fail               map[string][]string // failures to come, by method
 	calls              []string            // expected of the image
 }
@@ -34,6 +38,11 @@ type modelMachine struct {
 type modelRead struct {
 	generation uint32 // as EnterRead gave it
 	old        bool   // a view was replaced since
+}
+
+type modelWrite struct {
+	since  Arrival // as EnterAgain gave it
+	losses int     // before it
 }
 
 type modelOp struct {
@@ -134,6 +143,9 @@ func (w *world) fault(i int, ev Event) bool {
 		if s.String() == to {
 			x.state = s
 		}
+	}
+	if x.state == FailedFenced {
+		x.losses++
 	}
 	return true
 }
@@ -396,6 +408,7 @@ func (w *world) inactivate(op *modelOp, b block) string {
 		}
 		for _, i := range op.ms {
 			w.m[i].state = Inactive
+			w.m[i].losses++
 		}
 		return "ok"
 	}
@@ -432,6 +445,7 @@ func (w *world) abandon(op *modelOp, b block) string {
 			err = "failed"
 		}
 		w.m[i].state = Inactive
+		w.m[i].losses++
 	}
 	return err
 }
@@ -441,6 +455,8 @@ func (x *modelMachine) gate() string {
 	switch {
 	case x.refusing:
 		return "RRR"
+	case x.state == Inactive && x.hold:
+		return "HRN"
 	case x.state == Inactive:
 		return "RRN"
 	case x.state == Active, x.state == Inactivating && !closed:
@@ -451,6 +467,25 @@ func (x *modelMachine) gate() string {
 		return "RWR"
 	}
 	return "RAR"
+}
+
+// asks is what a write does, the first time or again.
+func (w *world) asks(i int, write modelWrite) {
+	x := w.m[i]
+	want := x.gate()[:1]
+	if write.losses != x.losses && want != "R" {
+		want = "L"
+	}
+	v, since := w.r.lanes[i].EnterAgain(Mutate, write.since)
+	if got := string("AWNRHLE"[v]); got != want {
+		w.t.Fatalf("machine %d, %s: a write that came %d losses ago got %s, want %s", i, x.state, x.losses-write.losses, got, want)
+	}
+	switch v {
+	case Admitted:
+		w.r.lanes[i].Leave()
+	case Wait, Hold:
+		x.waiting = append(x.waiting, modelWrite{since, write.losses})
+	}
 }
 
 // kind says in the model's words how an order ended.
@@ -555,10 +590,14 @@ func TestModel(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		// A bubble has no deadline to ask for.
 		rapid.Check(struct{ testing.TB }{t}, func(rt *rapid.T) {
-			r := newRig(nil, Options{Watch: 1 << 60}, "a", "b", "c")
+			var hold time.Duration
+			if rapid.Bool().Draw(rt, "writes are held") {
+				hold = time.Hour
+			}
+			r := newRig(nil, Options{Watch: 1 << 60, Hold: hold}, "a", "b", "c")
 			w := &world{t: rt, golden: golden, r: r, hold: make([]chan struct{}, 3)}
 			for i, f := range r.imgs {
-				w.m = append(w.m, &modelMachine{fail: make(map[string][]string)})
+				w.m = append(w.m, &modelMachine{fail: make(map[string][]string), hold: hold > 0})
 				f.onSync = func(ctx context.Context) error {
 					if h := w.hold[i]; h != nil {
 						select {
@@ -638,6 +677,23 @@ func TestModel(t *testing.T) {
 					i, c := one.Draw(rt, "machine"), Class(rapid.IntRange(0, int(numClasses)-1).Draw(rt, "class"))
 					if v := r.lanes[i].Enter(c); v == Admitted {
 						w.m[i].others++
+					}
+				},
+				"write": func(rt *rapid.T) {
+					w.t = rt
+					for i, x := range w.m { // to wait, or rarely anything comes of it
+						if x.gate()[0] != 'A' {
+							w.asks(i, modelWrite{losses: x.losses})
+						}
+					}
+				},
+				"ask again": func(rt *rapid.T) {
+					w.t = rt
+					i := one.Draw(rt, "machine")
+					waiting := w.m[i].waiting
+					w.m[i].waiting = nil
+					for _, write := range waiting {
+						w.asks(i, write)
 					}
 				},
 				"leave": func(rt *rapid.T) {
