@@ -259,7 +259,7 @@ func (c *conn) tryWrite(r *Request, payload []byte, p *backend.Plan) error {
 	for i := range p.Extents {
 		e := &p.Extents[i]
 		n, err := e.File.TryWriteAt(payload[:e.Length], e.Offset)
-		if err == backend.ErrWait && n > 0 {
+		if err == backend.ErrWait && (i > 0 || n > 0) {
 			// Rare, and begun: it ends under this admission, or a refusal later
 			// would leave half of a refused write in the image.
 			err = e.File.WriteAt(payload[n:e.Length], e.Offset+int64(n), durable)

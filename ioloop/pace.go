@@ -42,16 +42,18 @@ type Pace struct {
 	counts   *counts
 	fastZero bool
 
-	// mu is locked under a conn's mu; nothing is locked under it.
+	// mu is a leaf.
 	mu struct {
 		sync.Mutex
 		engaged bool   // from the first call of Ahead until Done, or its ctx ends
+		run     uint64 // which inactivation: timers and contexts of earlier ones may come late
 		waiting        // pace_queue.go
 		mark    uint64 // of dirtied, when the present round began
 		stats   PaceStats
 	}
 
 	// Of the goroutine that carries out the inactivation.
+	run     uint64 // mu.run
 	round   int
 	share   int64         // bytes of limit that are for this disk
 	took    time.Duration // by the last sync
@@ -116,7 +118,7 @@ func (p *Pace) Ahead(ctx context.Context, images int, sync func(context.Context)
 	}
 	mark := p.counts.dirtied.Load()
 	if p.round == 0 && mark == p.clean {
-		p.allow(0, mark, p.share, fewLeft) // others of the group may take their time
+		p.allow(p.run, 0, mark, p.share, fewLeft) // others of the group may take their time
 		return false, nil
 	}
 	p.round++
@@ -125,7 +127,7 @@ func (p *Pace) Ahead(ctx context.Context, images int, sync func(context.Context)
 		defer p.hurry(mark).Stop()
 	} else {
 		// If that did not help they get half as much each time.
-		p.allow(round, mark, p.share>>(round-2), p.took)
+		p.allow(p.run, round, mark, p.share>>(round-2), p.took)
 	}
 	last, start := p.took, time.Now()
 	if err := sync(ctx); err != nil {
@@ -142,7 +144,7 @@ func (p *Pace) Ahead(ctx context.Context, images int, sync func(context.Context)
 		if !again {
 			left -= dirty
 		}
-		p.allow(round, mark, left, max(p.took, fewLeft))
+		p.allow(p.run, round, mark, left, max(p.took, fewLeft))
 	} else if !again {
 		p.clamp(p.share - dirty)
 	}
@@ -170,8 +172,11 @@ func (p *Pace) begin(ctx context.Context, images int) {
 	p.share = max(p.limit/int64(images), min(p.limit, leastShare))
 	p.mu.Lock()
 	p.mu.engaged, p.mu.stats, p.mu.slowed = true, PaceStats{}, 0
+	p.mu.run++
+	p.run = p.mu.run
 	p.mu.Unlock()
-	p.unwatch = context.AfterFunc(ctx, p.release)
+	run := p.run
+	p.unwatch = context.AfterFunc(ctx, func() { p.release(run) })
 }
 
 // Done implements state.Pacer.
@@ -179,16 +184,17 @@ func (p *Pace) Done() {
 	if p.unwatch != nil {
 		p.unwatch()
 		p.unwatch = nil
-		p.release()
+		p.release(p.run)
 	}
 }
 
 // hurry slows writers in the first round, once that has gone on for a while.
 // They may write once more what they have by then.
 func (p *Pace) hurry(mark uint64) *time.Timer {
+	run, share := p.run, p.share
 	return time.AfterFunc(unhurried, func() {
 		dirty := int64(p.counts.dirtied.Load() - mark)
-		p.allow(0, mark, max(p.share, dirty), stretch*unhurried)
+		p.allow(run, 0, mark, max(share, dirty), stretch*unhurried)
 	})
 }
 
@@ -203,9 +209,9 @@ func (p *Pace) endRound(mark uint64) int64 {
 
 // allow lets writers dirty n bytes from mark on, at first as if that were to take
 // spread. round is how many rounds have begun or, 0, none has ended.
-func (p *Pace) allow(round int, mark uint64, n int64, spread time.Duration) {
+func (p *Pace) allow(run uint64, round int, mark uint64, n int64, spread time.Duration) {
 	p.mu.Lock()
-	if p.mu.engaged && (round > 0 || p.mu.stats.Syncs == 0) {
+	if p.mu.engaged && p.mu.run == run && (round > 0 || p.mu.stats.Syncs == 0) {
 		p.mu.mark = mark
 		p.mu.allowance, p.mu.spread, p.mu.begun = max(n, 0), max(spread, time.Millisecond), time.Now()
 		p.mu.next = p.mu.begun
@@ -223,10 +229,10 @@ func (p *Pace) clamp(n int64) {
 	p.mu.allowance = min(p.mu.allowance, max(n, 0))
 }
 
-// release ends the slowdown, if there is one.
-func (p *Pace) release() {
+// release ends the slowdown of an inactivation, if there is one.
+func (p *Pace) release(run uint64) {
 	p.mu.Lock()
-	if !p.mu.engaged {
+	if !p.mu.engaged || p.mu.run != run {
 		p.mu.Unlock()
 		return
 	}

@@ -200,7 +200,7 @@ func (t *task) park() bool {
 	v, _ := c.lane.EnterAgain(classOp(t.req.Op), t.since)
 	var err error
 	switch {
-	case v == state.Hold && c.mu.leaving:
+	case c.mu.leaving && (v == state.Hold || v == state.Wait && t.chained):
 		c.mu.Unlock()
 		t.forget()
 		return true
