@@ -15,7 +15,7 @@ import (
 //     request always fits;
 //   - a part of the budget is only for requests of connections that hold
 //     nothing else, the smaller the better;
-//   - Engine evicts connections whose client has moved nothing for a while,
+//   - Engine evicts connections whose client has moved next to nothing for a while,
 //     but only when others wait for memory.
 //
 // What can be in use at once is at most the limit, one request, and the floor:

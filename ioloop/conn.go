@@ -81,8 +81,8 @@ type conn struct {
 	held atomic.Int64
 	// unsent counts the reply buffers among them.
 	unsent atomic.Int64
-	// payloadSince is stalledSince of the receiving side.
-	payloadSince atomic.Int64
+	// owes is what the client has to send of a request that it has begun.
+	owes stall
 	// stopping: the engine shuts down and has interrupted the receiving.
 	stopping atomic.Bool
 

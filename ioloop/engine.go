@@ -21,8 +21,9 @@ type Config struct {
 	Memory  int64       // bytes for all payloads of the process; 256 MiB
 	Workers int         // most blocking operations at once; 32
 	Log     *zap.Logger // none
-	// StallLimit is how long a client may move nothing while others wait for
-	// the memory it holds, before it is disconnected; 10 s.
+	// StallLimit is how long a client may take to move 32 KiB, or all that it
+	// owes, while others wait for the memory it holds, before it is
+	// disconnected; 10 s.
 	StallLimit time.Duration
 }
 
@@ -197,9 +198,9 @@ func (e *Engine) acquire(w want, c *conn) (lease, bool) {
 	return e.budget.acquire(w, c.out.broken)
 }
 
-var errStalled = errors.New("the client has moved nothing for too long while others waited for the memory it held")
+var errStalled = errors.New("the client has moved next to nothing for too long while others waited for the memory it held")
 
-// evictStalled disconnects clients that have moved nothing for longer than the
+// evictStalled disconnects clients that have moved next to nothing for longer than the
 // stall limit while others wait for memory, as many as it takes, those that
 // stalled first first.
 func (e *Engine) evictStalled(calm <-chan struct{}) {
@@ -218,14 +219,14 @@ func (e *Engine) evictStalled(calm <-chan struct{}) {
 			}
 			held := c.held.Load()
 			need -= held
-			e.log.Warn("client disconnected: it has moved nothing for too long while others wait for the memory it holds",
+			e.log.Warn("client disconnected: it has moved next to nothing for too long while others wait for the memory it holds",
 				zap.String("client", c.name), zap.Int64("bytes", held), zap.Duration("limit", e.patience(c)))
 			c.out.fail(errStalled)
 		}
 	}
 }
 
-// patience is how long c's client may move nothing while others wait. One
+// patience is how long c's client may move too little while others wait. One
 // that had to wait for memory itself gets less: a crowd of them would else
 // keep the others waiting in turns.
 func (e *Engine) patience(c *conn) time.Duration {
@@ -235,7 +236,7 @@ func (e *Engine) patience(c *conn) time.Duration {
 	return e.stall
 }
 
-// longestStalled is the connection whose client has moved nothing for longest,
+// longestStalled is the connection whose client has moved too little for longest,
 // if that is too long and another connection waits for memory.
 func (e *Engine) longestStalled(now time.Time) (worst *conn) {
 	oldest := now.UnixNano()

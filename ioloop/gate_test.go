@@ -153,7 +153,7 @@ func TestStalledClientsDelayNobody(t *testing.T) {
 					b, _ := c.header(OpWrite, 0, 0, n)
 					b = append(b, contents[:n]...)
 					c.write(b[:reqSize+part])
-					eventually(t, "the client is seen to owe a payload", func() bool { return c.conn.payloadSince.Load() != 0 })
+					eventually(t, "the client is seen to owe a payload", func() bool { return c.conn.owes.since.Load() != 0 })
 					stalls = append(stalls, stall{c, func() {
 						c.write(b[reqSize+part:])
 						if a := c.next(); a.errno != unix.EPERM {
@@ -177,7 +177,7 @@ func TestStalledClientsDelayNobody(t *testing.T) {
 						c.send(OpFlush, 0, 0, 0, nil)
 					}
 				})
-				eventually(t, "the client is seen not to read", func() bool { return c.conn.out.stalledSince.Load() != 0 })
+				eventually(t, "the client is seen not to read", func() bool { return c.conn.out.owes.since.Load() != 0 })
 				stalls = append(stalls, stall{c, func() {
 					for range 3 * reads {
 						if a := c.next(); a.errno != 0 && a.errno != unix.EPERM {

@@ -43,7 +43,7 @@ func (c *conn) holdLocked(t *task) error {
 	if t.chained { // it was on its way
 		t.chained, c.mu.releasing = false, false
 	}
-	t.holds = true
+	t.kept = true
 	i, _ := slices.BinarySearchFunc(c.mu.held, t.began, func(o *task, began time.Time) int {
 		if o.began.After(began) {
 			return 1
@@ -77,7 +77,7 @@ func (c *conn) takeHeldLocked(n int) []*task {
 	taken := slices.Clone(c.mu.held[:n])
 	c.mu.held = slices.Delete(c.mu.held, 0, n)
 	for _, t := range taken {
-		t.holds = false
+		t.kept = false
 		c.disk.counts.held.Add(-1)
 		c.disk.counts.heldBytes.Add(-t.req.Payload)
 	}

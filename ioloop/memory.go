@@ -102,10 +102,10 @@ func (c *conn) lend(n int64, small bool) (lease, bool) {
 	return l, true
 }
 
-// stalledSince is when the client last moved anything it owes us, in Unix
-// nanoseconds; 0 if it owes nothing.
+// stalledSince is when the client last moved enough of what it owes us, in Unix
+// nanoseconds; 0 if it owes nothing. See stall.
 func (c *conn) stalledSince() int64 {
-	a, b := c.out.stalledSince.Load(), c.payloadSince.Load()
+	a, b := c.out.owes.since.Load(), c.owes.since.Load()
 	if a == 0 || (b != 0 && b < a) {
 		return b
 	}

@@ -88,7 +88,7 @@ func TestStalledReaders(t *testing.T) {
 				peak.look()
 				n := r.e.budget.waiting()
 				for _, c := range stalled {
-					if c.conn.out.stalledSince.Load() != 0 {
+					if c.conn.out.owes.since.Load() != 0 {
 						n++
 					}
 				}
@@ -167,7 +167,7 @@ func TestWaitForMemory(t *testing.T) {
 	r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{Memory: 12 << 20, StallLimit: time.Hour}})
 	holder, waiter := r.connect(&testCodec{}), r.connect(&testCodec{})
 	first := holder.send(OpRead, 0, 0, 8<<20, nil)
-	eventually(t, "the reply waits for the client", func() bool { return holder.conn.out.stalledSince.Load() != 0 })
+	eventually(t, "the reply waits for the client", func() bool { return holder.conn.out.owes.since.Load() != 0 })
 	second := waiter.send(OpRead, 0, 0, 8<<20, nil)
 	eventually(t, "the other waits for memory", func() bool { return r.e.budget.waiting() == 1 })
 	if c := r.e.longestStalled(time.Now().Add(-time.Minute)); c != nil {
@@ -211,7 +211,7 @@ func TestOwnMemory(t *testing.T) {
 		c.send(OpRead, 0, 0, 1<<20+1, nil)
 	}
 	eventually(t, "it waits for memory", func() bool { return r.e.budget.waiting() == 1 })
-	eventually(t, "it reads nothing", func() bool { return c.conn.out.stalledSince.Load() != 0 })
+	eventually(t, "it reads nothing", func() bool { return c.conn.out.owes.since.Load() != 0 })
 	if r.e.longestStalled(time.Unix(0, math.MaxInt64)) != nil {
 		t.Fatal("evicted for its own sake")
 	}
@@ -225,17 +225,26 @@ func TestOwnMemory(t *testing.T) {
 // are not.
 func TestEviction(t *testing.T) {
 	for name, link := range links {
-		for _, stall := range []string{"reading", "payload"} {
+		for _, stall := range []string{"reading", "payload", "sipping", "dripping"} {
 			t.Run(name+"/"+stall, func(t *testing.T) {
 				r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{Memory: 12 << 20, StallLimit: 20 * time.Millisecond}})
 				holder := r.connectOver(&testCodec{}, link)
 				quiet := r.connectOver(&testCodec{}, link)
 				quiet.ok(OpRead, 0, 0, 4096, nil)
-				if stall == "reading" {
+				if stall == "reading" || stall == "sipping" {
 					holder.send(OpRead, 0, 0, 8<<20, nil)
 				} else {
 					b, _ := holder.header(OpWrite, 0, 0, 8<<20)
 					holder.write(append(b, 1, 2, 3))
+				}
+				// A byte now and then is as good as none.
+				move := map[string]func([]byte) (int, error){"sipping": holder.nc.Read, "dripping": holder.nc.Write}[stall]
+				if move != nil {
+					go func() {
+						for one, err := []byte{1}, error(nil); err == nil; time.Sleep(time.Millisecond) {
+							_, err = move(one)
+						}
+					}()
 				}
 				eventually(t, "the client stalls", func() bool { return holder.conn.stalledSince() != 0 })
 				c := r.connectOver(&testCodec{}, link)
@@ -247,6 +256,37 @@ func TestEviction(t *testing.T) {
 				c.ok(OpRead, 0, 0, 8<<20, nil)
 			})
 		}
+	}
+}
+
+// What counts as moving.
+func TestStall(t *testing.T) {
+	var s stall
+	long := func(n int) bool { // n bytes later, does it still count from the beginning?
+		begun := s.begun
+		s.wait()
+		s.move(n)
+		s.wait()
+		same := s.since.Load() == begun
+		s.move(0)
+		if s.since.Load() != 0 {
+			t.Error("not waited for, and stalls")
+		}
+		return same
+	}
+	s.wait()
+	s.begun -= int64(time.Minute)
+	for _, n := range []int{0, 1, leastMove / 2, leastMove/2 - 2} {
+		if !long(n) {
+			t.Errorf("%d bytes more count", n)
+		}
+	}
+	if long(1) {
+		t.Error("enough does not count")
+	}
+	s.begun -= int64(time.Minute)
+	if s.settled(); long(1) {
+		t.Error("stalls though it owed nothing")
 	}
 }
 
@@ -296,7 +336,7 @@ func TestVanishWhileWaiting(t *testing.T) {
 	r := newRig(t, rigConfig{tmpfs: true, inactive: true, size: 16 << 20, onStep: h.step, Config: Config{Memory: 12 << 20, StallLimit: time.Hour}})
 	holder := r.connect(&testCodec{})
 	holder.send(OpRead, 0, 0, 8<<20, nil)
-	eventually(t, "the reply waits for the client", func() bool { return holder.conn.out.stalledSince.Load() != 0 })
+	eventually(t, "the reply waits for the client", func() bool { return holder.conn.out.owes.since.Load() != 0 })
 	h.armed.Store(true)
 	active := background(r.activate)
 	await(t, h.reached, "the step")

@@ -3,8 +3,6 @@ package ioloop
 import (
 	"slices"
 	"sync"
-	"sync/atomic"
-	"time"
 )
 
 // segment is a piece of outgoing bytes.
@@ -32,10 +30,8 @@ type outgoing struct {
 	err     error         // the connection is broken; everything is dropped
 	idle    chan struct{} // closed when nobody is the sender, for who waits
 
-	// stalledSince is the time in Unix nanoseconds since when the client has
-	// taken nothing although there was something to take; 0 if it has. Only
-	// the sender changes it.
-	stalledSince atomic.Int64
+	// owes is what the client has to take. Only the sender changes it.
+	owes stall
 
 	scratch [maxSegments][]byte // of the sender
 	writer  func()              // write, bound once: that would be an allocation for each
@@ -109,7 +105,6 @@ func (o *outgoing) pump() {
 
 // write is the writer goroutine: pump, but waiting for the client.
 func (o *outgoing) write() {
-	o.stalledSince.Store(time.Now().UnixNano())
 	o.drain(true)
 }
 
@@ -129,7 +124,7 @@ func (o *outgoing) drain(wait bool) bool {
 		n := min(len(o.queue), maxSegments)
 		if n == 0 {
 			o.sending = false
-			o.stalledSince.Store(0)
+			o.owes.settled()
 			if o.idle != nil {
 				close(o.idle)
 				o.idle = nil
@@ -145,8 +140,9 @@ func (o *outgoing) drain(wait bool) bool {
 		var sent int
 		var err error
 		if wait {
+			o.owes.wait()
 			sent, err = o.t.send(o.scratch[:n])
-			o.stalledSince.Store(time.Now().UnixNano())
+			o.owes.move(sent)
 		} else {
 			sent, err = o.t.trySend(o.scratch[:n])
 		}

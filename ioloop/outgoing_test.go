@@ -137,8 +137,8 @@ func checkOut(t *testing.T, c *conn) {
 	if n, m := c.held.Load(), c.e.budget.inUse(); n != 0 || m != 0 {
 		t.Errorf("%d tasks not freed, %d bytes in use", n, m)
 	}
-	if len(c.out.queue) != 0 || c.out.stalledSince.Load() != 0 {
-		t.Errorf("queue %d, stalled since %d", len(c.out.queue), c.out.stalledSince.Load())
+	if len(c.out.queue) != 0 || c.out.owes.since.Load() != 0 {
+		t.Errorf("queue %d, stalled since %d", len(c.out.queue), c.out.owes.since.Load())
 	}
 }
 
@@ -391,7 +391,7 @@ func TestOutgoingStalledSince(t *testing.T) {
 		f.mu.Unlock()
 		c.out.enqueue(segment{[]byte("abc"), c.charged()})
 		await(t, f.inSend, "the writer")
-		if c.out.stalledSince.Load() == 0 {
+		if c.out.owes.since.Load() == 0 {
 			t.Fatal("the client is not seen to be stalled")
 		}
 		f.allow(3)

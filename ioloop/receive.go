@@ -3,7 +3,6 @@ package ioloop
 import (
 	"fmt"
 	"io"
-	"time"
 )
 
 // fill receives more input, at least one byte.
@@ -22,7 +21,7 @@ func (c *conn) fill() error {
 		idle = c.atRest
 	}
 	n, err := c.t.recv(c.in.raw[c.w:min(len(c.in.raw), c.w+inputSize)], idle)
-	c.payloadSince.Store(0)
+	c.owes.move(n)
 	if err == errAgain {
 		return nil
 	}
@@ -35,7 +34,7 @@ func (c *conn) fill() error {
 
 // onPayload notes that the client owes the rest of a request.
 func (c *conn) onPayload() (released bool) {
-	c.payloadSince.Store(time.Now().UnixNano())
+	c.owes.wait()
 	return false
 }
 
@@ -52,13 +51,16 @@ func (c *conn) process() error {
 			return nil
 		}
 		if int64(len(b)-n) >= r.Payload {
+			c.owes.settled()
 			c.r += n + int(r.Payload)
 			err = c.execute(r, b[n:n+int(r.Payload)])
 		} else if r.Payload <= smallPayload {
 			return nil // decoded again when the rest is here
 		} else {
+			c.owes.settled() // from here on it owes the payload
 			c.r += n
 			err = c.largePayload(r)
+			c.owes.settled()
 		}
 		if err != nil {
 			return err
@@ -107,7 +109,7 @@ func (c *conn) largePayload(r *Request) error {
 	c.r += have
 	for have < len(p) {
 		n, err := c.t.recv(p[have:], c.inPayload)
-		c.payloadSince.Store(0)
+		c.owes.move(n)
 		if err != nil && err != errAgain {
 			t.free()
 			return unexpected(err)
@@ -129,7 +131,7 @@ func (c *conn) skip(n int64) error {
 		}
 		c.r, c.w = 0, 0
 		got, err := c.t.recv(c.in.raw[:inputSize], c.inPayload)
-		c.payloadSince.Store(0)
+		c.owes.move(got)
 		if err != nil && err != errAgain {
 			return unexpected(err)
 		}

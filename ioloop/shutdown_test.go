@@ -102,7 +102,7 @@ func TestShutdownUnreadRequests(t *testing.T) {
 					}
 				}
 			})
-			eventually(t, "the client stalls", func() bool { return c.conn.out.stalledSince.Load() != 0 })
+			eventually(t, "the client stalls", func() bool { return c.conn.out.owes.since.Load() != 0 })
 			done := background(func() { r.e.Shutdown(context.Background()) })
 			eventually(t, "it shuts down", func() bool { return c.conn.stopping.Load() })
 			answers := uint64(0)
@@ -180,7 +180,7 @@ func TestShutdownDeadline(t *testing.T) {
 			await(t, slow.entered, "a worker")
 			unread := r.connectOver(&testCodec{}, link)
 			unread.send(OpRead, 0, 0, 8<<20, nil)
-			eventually(t, "a client does not read", func() bool { return unread.conn.out.stalledSince.Load() != 0 })
+			eventually(t, "a client does not read", func() bool { return unread.conn.out.owes.since.Load() != 0 })
 			memory := r.connectOver(&testCodec{}, link)
 			memory.send(OpRead, 0, 0, 8<<20, nil)
 			eventually(t, "a request waits for memory", func() bool { return r.e.budget.waiting() == 1 })

@@ -23,7 +23,7 @@ type task struct {
 	began    time.Time
 	since    state.Arrival // when it first asked the gate
 	chained  bool          // was held; when it has ended the next one may go
-	holds    bool          // in conn.mu.held; guarded by conn.mu
+	kept     bool          // in conn.mu.held or parked; guarded by conn.mu
 	heads    []byte        // reply headers
 	segs     []segment
 	status   []backend.Status
@@ -171,12 +171,13 @@ func (t *task) forget() {
 	c.ended()
 }
 
-// oldest describes the oldest admitted task, for the log of a slow drain.
+// oldest describes the oldest task that may be admitted, for the log of a slow
+// drain.
 func (c *conn) oldest() (string, time.Time) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	t := c.mu.first
-	for t != nil && t.holds {
+	for t != nil && t.kept {
 		t = t.newer
 	}
 	if t == nil {
@@ -207,6 +208,7 @@ func (t *task) park() bool {
 	case v == state.Hold || v == state.Wait && t.chained:
 		err = c.holdLocked(t)
 	case v == state.Wait:
+		t.kept = true
 		c.mu.parked = append(c.mu.parked, t)
 	default:
 		t.admitted = v == state.Admitted
@@ -229,6 +231,9 @@ func (c *conn) reopen() {
 	c.mu.Lock()
 	ready := c.mu.parked
 	c.mu.parked = nil
+	for _, t := range ready {
+		t.kept = false
+	}
 	if !c.mu.releasing {
 		if t := c.releaseLocked(); t != nil {
 			ready = append(ready, t)

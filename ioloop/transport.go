@@ -198,6 +198,9 @@ func (s *stream) recv(p []byte, idle func() (released bool)) (int, error) {
 // trySend cannot know what would block, so everything goes to the writer.
 func (s *stream) trySend([][]byte) (int, error) { return 0, errAgain }
 
-func (s *stream) send(segs [][]byte) (int, error) { return s.nc.Write(segs[0]) }
+// send sends little enough at once for a slow client to be seen to move.
+func (s *stream) send(segs [][]byte) (int, error) {
+	return s.nc.Write(segs[0][:min(len(segs[0]), leastMove)])
+}
 
 func (s *stream) close() error { return s.nc.Close() }
