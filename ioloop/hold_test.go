@@ -238,6 +238,37 @@ func TestLostWithoutHolding(t *testing.T) {
 	}
 }
 
+// What was held, and finds the gate closed again, is dropped too when its
+// client has said that it leaves.
+func TestHeldAfterDisconnect(t *testing.T) {
+	h := hold(state.StepLoad)
+	r := newHoldingRig(t, rigConfig{onStep: h.step})
+	c := r.connect(&testCodec{}).conn
+	h.armed.Store(true)
+	active := background(r.activate)
+	await(t, h.reached, "the step")
+	for _, leaving := range []bool{false, true} {
+		c.mu.Lock()
+		c.mu.leaving, c.mu.releasing = leaving, true
+		c.mu.Unlock()
+		p := &task{conn: c, req: Request{Op: OpWrite}, lease: lease{of: forHeld}, chained: true}
+		c.list(p)
+		if !p.park() {
+			t.Fatal("not parked, though the gate holds")
+		}
+		want := int64(0)
+		if !leaving {
+			want = 1
+		}
+		if n := c.tasks.Load(); n != want || r.d.Stats().Held != want {
+			t.Errorf("leaving %v: %d tasks, %d held", leaving, n, r.d.Stats().Held)
+		}
+		c.dropHeld()
+	}
+	close(h.goOn)
+	await(t, active, "activation")
+}
+
 // A stop answers what is held.
 func TestHeldAtStop(t *testing.T) {
 	r := newHoldingRig(t, rigConfig{content: contents[:1<<20]})

@@ -234,6 +234,35 @@ func TestPaceRounds(t *testing.T) {
 	}
 }
 
+// What an inactivation that has ended still had under way, its context and its
+// timer, changes nothing for the next.
+func TestPaceLateEnds(t *testing.T) {
+	p := NewPace(1 << 20)
+	p.counts = new(counts)
+	sync := func(context.Context) error { p.counts.dirtied.Add(2 << 20); return nil }
+	begin := func() {
+		t.Helper()
+		if again, err := p.Ahead(t.Context(), 1, sync); err != nil || !again {
+			t.Fatal(again, err)
+		}
+	}
+	begin()
+	first := p.run
+	p.Done()
+	begin()
+	want := p.mu.allowance
+	p.release(first)
+	p.allow(first, 0, 0, 7, time.Second)
+	p.allow(first, 1, 0, 7, time.Second)
+	if !p.on.Load() || !p.mu.engaged || p.mu.allowance != want {
+		t.Errorf("slowed %v, %d bytes allowed, want %d", p.on.Load(), p.mu.allowance, want)
+	}
+	p.Done()
+	if p.on.Load() {
+		t.Error("still slowed")
+	}
+}
+
 // A group shares the limit.
 func TestPaceShares(t *testing.T) {
 	for _, c := range []struct{ limit, images, want int64 }{
