@@ -10,6 +10,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -173,6 +174,61 @@ func TestPaceDropsWaiting(t *testing.T) {
 	close(s.goOn)
 	await(t, inactive, "inactivation")
 	d.takePieces(10)
+}
+
+// Writes that were held, and are then slowed by the next inactivation before
+// all of them have run: each ends, in time, whatever comes of that.
+func TestHeldThenPaced(t *testing.T) {
+	const sent = 24 // more than all rounds let on
+	for name, end := range map[string]func(*rig, *slowSync, *client){
+		"cancelled":  func(r *rig, _ *slowSync, _ *client) { r.m.Cancel() },
+		"inactive":   func(_ *rig, s *slowSync, _ *client) { close(s.goOn) },
+		"closed":     func(_ *rig, _ *slowSync, c *client) { c.nc.Close() },
+		"disconnect": func(r *rig, _ *slowSync, c *client) { c.send(OpDisconnect, 0, 0, 0, nil); r.m.Cancel() },
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := &slowSync{Pace: NewPace(2 * piece), begun: make(chan int, 100), goOn: make(chan error)}
+			r := newHoldingRig(t, rigConfig{pacer: func(d *Disk) state.Pacer {
+				d.SetPace(s.Pace)
+				return s
+			}})
+			slow := newBlocker()
+			r.img.set(func(h *hooked) { h.preparing = func(_ int64, m backend.Mode) error { return slow.mode(m) } })
+			c := r.connect(&testCodec{})
+			c.sendPieces(sent)
+			r.awaitHeld(sent)
+			r.activate()
+			await(t, slow.entered, "the first of them")
+			order := make(chan error, 1)
+			go func() { order <- state.Inactivate(context.Background(), r.m) }()
+			await(t, s.begun, "the sync")
+			eventually(t, "writers are slowed", s.on.Load)
+			close(slow.leave)
+			eventually(t, "one waits, and the others for it", func() bool {
+				return s.waits() == 1 && s.Stats().Delayed > 0 && r.d.Stats().Held < sent-1
+			})
+			end(r, s, c)
+			refused := 0
+			switch name {
+			case "closed", "disconnect":
+				_ = c.end()
+			default:
+				refused = c.takePieces(sent)
+			}
+			if name == "cancelled" && refused != 0 || name == "inactive" && (refused == 0 || refused == sent) {
+				t.Errorf("%d writes refused", refused)
+			}
+			if name != "inactive" {
+				close(s.goOn)
+			}
+			if err := await(t, order, "the order"); (err == nil) != (name == "inactive" || name == "closed") {
+				t.Error(err)
+			}
+			if n := s.waits(); n != 0 {
+				t.Errorf("%d wait", n)
+			}
+		})
+	}
 }
 
 // A disk that never keeps up ends the rounds all the same, and writers that
