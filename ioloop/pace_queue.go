@@ -189,22 +189,30 @@ func (w *waiting) takeOf(c *conn) (tasks []*task) {
 			w.enqueue(o)
 		}
 	}
-	for t := c.waiters.first; t != nil; {
+	tasks = c.waiters.take(nil)
+	w.calm()
+	return tasks
+}
+
+// take appends what waits to tasks.
+func (q *waiters) take(tasks []*task) []*task {
+	for t := q.first; t != nil; {
 		next := t.next
 		t.next, t.passed = nil, true
 		tasks = append(tasks, t)
 		t = next
 	}
-	c.waiters.first, c.waiters.last = nil, nil
-	w.calm()
+	q.first, q.last = nil, nil
 	return tasks
 }
 
 // takeAll takes everybody's.
 func (w *waiting) takeAll() (tasks []*task) {
-	for w.first != nil {
-		tasks = append(tasks, w.takeOf(w.first)...)
+	for c := w.first; c != nil; c = c.waiters.next {
+		tasks = c.waiters.take(tasks)
 	}
+	w.first, w.last = nil, nil
+	w.calm()
 	if w.timer != nil {
 		w.timer.Stop()
 	}

@@ -356,6 +356,12 @@ func TestPaceTurns(t *testing.T) {
 	if s := fmt.Sprint(got); s != "[0 4 6 105 1 9 2 3]" {
 		t.Error(s)
 	}
+	for _, who := range []*conn{b, a, a, c} {
+		w.push(&task{conn: who})
+	}
+	if n := len(w.takeAll()); n != 4 || a.waiters.first != nil || b.waiters.last != nil {
+		t.Errorf("%d taken", n)
+	}
 	if !w.since.IsZero() || w.last != nil || w.takeAll() != nil {
 		t.Errorf("%+v", w)
 	}
