@@ -172,13 +172,13 @@ func (c *Client) explain(err error) error {
 
 // during runs f, whose I/O fails when ctx ends.
 func (c *Client) during(ctx context.Context, f func() error) error {
-	if err := ctx.Err(); err != nil {
-		return err
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
 	}
 	stop := context.AfterFunc(ctx, func() { _ = c.nc.SetDeadline(time.Unix(1, 0)) })
 	err := f()
 	if !stop() && err != nil {
-		return ctx.Err()
+		return context.Cause(ctx)
 	}
 	return err
 }
@@ -227,7 +227,7 @@ func (c *Client) Cancel(ctx context.Context, nodes ...string) ([]string, error) 
 }
 
 // takeBack is Cancel that also takes back the order with this name: unless it
-// is running it will never begin.
+// is running it will never begin. With an order, no nodes are none.
 func (c *Client) takeBack(ctx context.Context, order string, nodes []string) (cancelled []string, running bool, err error) {
 	a := struct {
 		Nodes []string `json:"x-node-names,omitempty"`

@@ -191,11 +191,18 @@ func (s *session) cancel(a args) (any, error) {
 		Cancelled []string `json:"cancelled"`
 		Running   bool     `json:"running,omitempty"` // the order named
 	}
-	// First, so that it does not begin when there is nothing to cancel yet.
-	if name := arg[string](a, "order"); name != "" {
+	list, name := nodes(a), arg[string](a, "order")
+	if name != "" {
+		// First, so that it does not begin when there is nothing to cancel yet.
 		r.Running = s.server.orders.takeBack(name)
+		// It is void whether its images are still here or not.
+		list = slices.DeleteFunc(list, func(node string) bool { return s.server.cfg.Registry.target(node) == nil })
+		if len(list) == 0 {
+			r.Cancelled = []string{}
+			return r, nil
+		}
 	}
 	var err error
-	r.Cancelled, err = s.server.cfg.Registry.Cancel(nodes(a)...)
+	r.Cancelled, err = s.server.cfg.Registry.Cancel(list...)
 	return r, err
 }

@@ -171,6 +171,33 @@ func TestTakeBack(t *testing.T) {
 		t.Error(err)
 	}
 	b.want(t, state.Active)
+	// One about what is not here any more is void too.
+	if running, err := p.TakeBack(ctx, Order{Name: "z", Nodes: []string{"image0", "removed"}}); running || err != nil {
+		t.Error(running, err)
+	}
+	if running, err := p.TakeBack(ctx, Order{Name: "z", Nodes: []string{"removed"}}); running || err != nil {
+		t.Error(running, err)
+	}
+	// What is done for somebody else goes on.
+	begun, goOn = make(chan struct{}), make(chan struct{})
+	b.images[0].syncAhead = func(ctx context.Context) error {
+		close(begun)
+		select {
+		case <-goOn:
+		case <-ctx.Done():
+		}
+		return ctx.Err()
+	}
+	go func() { result <- p.SetActive(ctx, Order{Name: "theirs", Nodes: []string{"image0"}}) }()
+	<-begun
+	if _, err := p.TakeBack(ctx, Order{Name: "ours", Active: true, Nodes: []string{"image0"}}); err != nil {
+		t.Error(err)
+	}
+	close(goOn)
+	if err := <-result; err != nil {
+		t.Error(err)
+	}
+	b.want(t, state.Inactive)
 	// Whoever goes on knows that nobody is gone: it is this process.
 	if p.Gone() {
 		t.Error("this process is gone")

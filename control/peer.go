@@ -198,8 +198,12 @@ func (p *Peer) TakeBack(ctx context.Context, o Order) (running bool, err error) 
 	if !p.Extended() {
 		return false, nil
 	}
+	var cancel []string
+	if !o.Active { // what the images do for somebody else is not ours to end
+		cancel = o.Nodes
+	}
 	err = p.with(ctx, func(c *Client) error {
-		_, running, err = c.takeBack(ctx, o.Name, o.Nodes)
+		_, running, err = c.takeBack(ctx, o.Name, cancel)
 		return err
 	})
 	return running, err
