@@ -569,3 +569,19 @@ func TestGraphRace(t *testing.T) {
 }
 
 var _ Front = (*NBD)(nil)
+
+// A file node alone owns nothing, so it is no place to hand an image to.
+func TestIdentifyFileNode(t *testing.T) {
+	g := newGraph(t)
+	want := func(text string) {
+		t.Helper()
+		list, err := g.Identify(t.Context(), "")
+		if err != nil || len(list) != 1 || (list[0].Unusable == "") != (text == "") || !strings.Contains(list[0].Unusable, text) {
+			t.Errorf("%v: %+v; want %q", err, list, text)
+		}
+	}
+	g.talk(`blockdev-add {"driver":"file","node-name":"f","filename":"a","active":false}`, "ok")
+	want("export the node, or add a format node")
+	g.talk(`blockdev-add {"driver":"raw","node-name":"r","file":"f","active":false}`, "ok")
+	want("")
+}

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -19,7 +20,7 @@ type Identity struct {
 	Format string `json:"format"`
 	Size   int64  `json:"size"` // bytes, as the storage says now
 	Active bool   `json:"active"`
-	// Unusable is why the side could not open it for writing, "" if it could.
+	// Unusable is why the side could not own it, "" if it could.
 	Unusable string `json:"unusable,omitempty"`
 
 	// BootID, Dev and Ino name the file for as long as a kernel runs; "" and 0
@@ -78,6 +79,9 @@ func (t *Target) identify(nonce string) (Identity, error) {
 		Node: t.Node, Export: t.firstExport().Name, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
 		Active: t.Machine.Status().State.Owns(),
 	}
+	if !t.owns() && !i.Active {
+		i.Unusable = fmt.Sprintf("file node '%s' would not own it: export the node, or add a format node above it", t.Node)
+	}
 	img, ok := t.Image.(identifier)
 	if !ok {
 		return i, nil
@@ -90,7 +94,10 @@ func (t *Target) identify(nonce string) (Identity, error) {
 	}
 	b := img.Identify()
 	i.Size, i.BootID, i.Dev, i.Ino = b.Size, b.BootID, b.Dev, b.Ino
-	i.Unusable, i.RecordError = errorText(b.OpenErr), errorText(b.RecordErr)
+	if b.OpenErr != nil {
+		i.Unusable = b.OpenErr.Error()
+	}
+	i.RecordError = errorText(b.RecordErr)
 	i.Record, i.Epoch, i.Since, i.Nonce, i.Lags = b.Record.Path, b.Epoch, b.Since, b.Nonce, b.Lags
 	return i, nil
 }
