@@ -149,7 +149,7 @@ func (h *handover) step(name, what string, f func(ctx context.Context) error) er
 	if h.opt.Progress != nil {
 		h.opt.Progress(s, false)
 	}
-	ctx, cancel := context.WithTimeout(h.ctx, h.opt.Timeout)
+	ctx, cancel := context.WithTimeoutCause(h.ctx, h.opt.Timeout, overdue(h.opt.Timeout))
 	defer cancel()
 	began := time.Now()
 	err := f(ctx)
@@ -160,6 +160,16 @@ func (h *handover) step(name, what string, f func(ctx context.Context) error) er
 	}
 	return err
 }
+
+// overdue is why a step ended: its time was over. It is a
+// context.DeadlineExceeded.
+type overdue time.Duration
+
+func (o overdue) Error() string {
+	return fmt.Sprintf("not done within %v (--timeout)", time.Duration(o))
+}
+
+func (overdue) Is(err error) bool { return err == context.DeadlineExceeded }
 
 // inactivate has the source let go. It reports whether the handover goes on.
 func (h *handover) inactivate() bool {

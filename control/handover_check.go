@@ -19,14 +19,17 @@ func (h *handover) check() error {
 		ctx, cancel := h.interruptible(ctx)
 		defer cancel()
 		return both(
-			func() (err error) { from, err = settled(ctx, h.from); return sideError("source", h.from, err) },
-			func() (err error) { to, err = settled(ctx, h.to); return sideError("destination", h.to, err) })
+			func() (err error) { from, err = settled(ctx, h.from); return sideError("source", err) },
+			func() (err error) { to, err = settled(ctx, h.to); return sideError("destination", err) })
 	})
+	if err == nil && from.PID != 0 && from.PID == to.PID && from.Since.Equal(to.Since) {
+		err = errors.New("the source and the destination are the same process")
+	}
 	if err == nil {
 		err = h.step("compare", "the images of both", func(ctx context.Context) (err error) {
 			ctx, cancel := h.interruptible(ctx)
 			defer cancel()
-			h.pairs, err = SameImages(ctx, h.from, h.to, h.opt.AssumeSameImage, h.opt.Nodes...)
+			h.pairs, err = SameImages(ctx, prover{h.from, "source"}, prover{h.to, "destination"}, h.opt.AssumeSameImage, h.opt.Nodes...)
 			for range 3 {
 				if err != nil {
 					return err
@@ -79,9 +82,23 @@ func both(a, b func() error) error {
 	return fmt.Errorf("%w; %w", errs[0], errs[1])
 }
 
-func sideError(role string, s Side, err error) error {
+// prover is a side that says in its errors which it is.
+type prover struct {
+	Side
+	role string
+}
+
+func (p prover) Identify(ctx context.Context, nonce string, nodes ...string) ([]Identity, error) {
+	list, err := p.Side.Identify(ctx, nonce, nodes...)
+	return list, sideError(p.role, err)
+}
+
+func sideError(role string, err error) error {
 	if err == nil {
 		return nil
+	}
+	if answered(err) {
+		return fmt.Errorf("the %s answers: %w", role, err)
 	}
 	return fmt.Errorf("the %s cannot be asked: %w", role, err)
 }
@@ -150,7 +167,7 @@ func (h *handover) plan(from, to *Status) error {
 		}
 		switch {
 		case p.B.Unusable != "":
-			return fmt.Errorf("the destination could not open it: %s", p.B.Unusable)
+			return fmt.Errorf("the destination could not own %s: %s", b.Image, p.B.Unusable)
 		case b.ReadOnly && !a.ReadOnly:
 			return fmt.Errorf("the destination serves %s read-only and the source does not; restart it without --read-only", b.Image)
 		}

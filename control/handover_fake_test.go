@@ -73,6 +73,7 @@ type fakeSide struct {
 	noRecord bool
 	boot     string
 	dev      uint64
+	pid      int
 
 	// hook runs before an order is looked at.
 	hook func(o Order)
@@ -95,6 +96,13 @@ func newFakeSide(name string, s *fakeStore, active bool) *fakeSide {
 }
 
 func nodeName(i int) string { return "image" + string(rune('0'+i)) }
+
+func (f *fakeSide) nodes() (names []string) {
+	for i := range f.store.images {
+		names = append(names, nodeName(i))
+	}
+	return names
+}
 
 func (f *fakeSide) Name() string   { return f.name }
 func (f *fakeSide) Extended() bool { return !f.plain }
@@ -127,6 +135,7 @@ func (f *fakeSide) Status(ctx context.Context) (s Status, err error) {
 	}
 	f.store.mu.Lock()
 	defer f.store.mu.Unlock()
+	s.PID = f.pid
 	for i, d := range f.store.images {
 		st := stateInactive
 		if f.owns(d) {
@@ -149,6 +158,11 @@ func (f *fakeSide) Identify(ctx context.Context, nonce string, nodes ...string) 
 	}
 	f.store.mu.Lock()
 	defer f.store.mu.Unlock()
+	for _, n := range nodes {
+		if !slices.Contains(f.nodes(), n) {
+			return nil, noNode(n)
+		}
+	}
 	for i, d := range f.store.images {
 		if len(nodes) > 0 && !slices.Contains(nodes, nodeName(i)) {
 			continue

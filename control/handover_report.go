@@ -44,7 +44,8 @@ type HandoverReport struct {
 	// Interrupted: it was asked to stop, wherever it was then.
 	Interrupted bool `json:"interrupted,omitempty"`
 	// Milliseconds is the time from the beginning to the outcome; Gap, of
-	// those, the time in which neither side took writes.
+	// those, from the order to inactivate to the answer that the destination is
+	// active. Writes waited for less: the source takes them while it syncs ahead.
 	Milliseconds float64         `json:"ms"`
 	Gap          float64         `json:"gap-ms,omitempty"`
 	Steps        []HandoverStep  `json:"steps"`
@@ -150,19 +151,27 @@ func (h *handover) conclude() {
 	case r.From.State == stateUnknown && r.To.State == inactive:
 		// The source takes nothing back that it wrote, so there is nothing to
 		// compare with.
-		h.takeOver(h.from, "nbd-export activate --control "+quote(h.to.Name())+h.nodeFlags(h.take))
+		h.takeOver(h.from, "nbd-export activate", h.to, h.take, &r.To)
 	case r.To.State == stateUnknown && r.From.State == inactive:
-		back := "nbd-export activate --control "
+		back := "nbd-export activate"
 		if !h.to.Gone() {
-			back = "nbd-export activate --if-unchanged --control "
+			back += " --if-unchanged"
 		}
-		h.takeOver(h.to, back+quote(h.from.Name())+h.nodeFlags(h.give))
+		h.takeOver(h.to, back, h.from, h.give, &r.From)
 	}
 }
 
-// takeOver is what to run where a side does not answer: the command, if it is
-// certain that it has ended, or if the user is.
-func (h *handover) takeOver(silent Side, command string) {
+// takeOver says what to run where one side does not answer: the order to the
+// other, for these nodes of it, if it is certain that the silent one has ended,
+// or if the user is.
+func (h *handover) takeOver(silent Side, order string, other Side, nodes []string, said *HandoverSide) {
+	command := order + " --control " + quote(other.Name())
+	switch {
+	case len(nodes) == 0 && len(h.opt.Nodes) > 0:
+		return // it is not known which are meant
+	case len(nodes) < len(said.Images):
+		command += nodeFlags(nodes)
+	}
 	if silent.Gone() {
 		h.report.Next = command
 	} else {
@@ -174,20 +183,15 @@ func (h *handover) takeOver(silent Side, command string) {
 func (h *handover) command() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "nbd-export handover --from %s --to %s", quote(h.from.Name()), quote(h.to.Name()))
-	for _, n := range h.opt.Nodes {
-		b.WriteString(" --node " + quote(n))
-	}
+	b.WriteString(nodeFlags(h.opt.Nodes))
 	if h.opt.AssumeSameImage {
 		b.WriteString(" --assume-same-image")
 	}
 	return b.String()
 }
 
-// nodeFlags names the nodes of a side, if not all are meant.
-func (h *handover) nodeFlags(nodes []string) string {
-	if len(h.opt.Nodes) == 0 {
-		return ""
-	}
+// nodeFlags names nodes for a shell.
+func nodeFlags(nodes []string) string {
 	var b strings.Builder
 	for _, n := range nodes {
 		b.WriteString(" --node " + quote(n))

@@ -7,6 +7,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/nbd-export/nbd-export/state"
 )
 
 // handoverCase is a handover of two images from a, which owns them, to b.
@@ -215,6 +217,7 @@ func TestHandoverRefused(t *testing.T) {
 				d.owners = append(d.owners, b)
 			}
 		}, "both sides"},
+		"one process":      {func(a, b *fakeSide) { a.pid, b.pid = 7, 7 }, "the same process"},
 		"source away":      {func(a, b *fakeSide) { a.dead = true }, "the source cannot be asked"},
 		"destination away": {func(a, b *fakeSide) { b.dead = true }, "the destination cannot be asked"},
 		"destination mute": {func(a, b *fakeSide) { b.silent = true }, "the destination cannot be asked"},
@@ -282,6 +285,57 @@ func TestHandoverOfSomeNodes(t *testing.T) {
 			t.Fatalf("%+v", r)
 		}
 	})
+}
+
+// What is to be run next names the images, if the side has others too.
+func TestHandoverNextNodes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newFakeStore(3)
+		a, b := newFakeSide("a", s, true), newFakeSide("b", s, false)
+		a.trouble["inactivate"] = goneAfter
+		opt := HandoverOptions{Nodes: []string{"image1", "image2"}}
+		r := Handover(context.Background(), a, b, opt)
+		if want := "nbd-export activate --control b --node image1 --node image2"; r.Outcome != HandoverUnowned || r.Next != want {
+			t.Errorf("%+v", r)
+		}
+		// Which those are is not known any more.
+		if r = Handover(context.Background(), a, b, opt); r.Outcome != HandoverRefused || r.Next != againCommand+" --node image1 --node image2" || r.IfGone != "" {
+			t.Errorf("%+v", r)
+		}
+		opt.Nodes[0] = "nothing"
+		r = Handover(context.Background(), b, newFakeSide("c", s, false), opt)
+		if r.Outcome != HandoverRefused || !strings.Contains(r.Error, "the source answers: Failed to find node with node-name='nothing'") {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+// Who was too slow is told which limit that was.
+func TestHandoverOverdue(t *testing.T) {
+	b := newBed(t, 1)
+	b.activate(t)
+	begun := make(chan struct{})
+	b.images[0].syncAhead = func(ctx context.Context) error {
+		close(begun)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	p := NewPeer(b.listen(t, Config{}))
+	defer p.Close()
+	h := &handover{ctx: t.Context(), from: p, name: "x", give: []string{"image0"}, opt: HandoverOptions{Timeout: 20 * time.Second}}
+	// Its time is over once it is known to have begun.
+	ctx, cancel := context.WithCancelCause(h.ctx)
+	go func() { <-begun; cancel(overdue(h.opt.Timeout)) }()
+	o := Order{Name: "x", Nodes: h.give}
+	err := h.order(ctx, o)
+	if err == nil || answered(err) || !strings.Contains(err.Error(), "not done within 20s (--timeout)") {
+		t.Error(err)
+	}
+	// The source is told to leave it, and goes on as before.
+	if f, why := h.fate(p, o); f != fateNot || why != nil {
+		t.Error(f, why)
+	}
+	b.want(t, state.Active)
 }
 
 func TestHandoverWithQEMU(t *testing.T) {

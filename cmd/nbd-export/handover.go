@@ -128,7 +128,7 @@ func handedOver(r *control.HandoverReport) string {
 	if r.Outcome == control.HandoverAlready {
 		return fmt.Sprintf("nothing to do: %s owns %s", r.To.Control, what)
 	}
-	text := fmt.Sprintf("handed %s over from %s to %s in %s; no writes for %s",
+	text := fmt.Sprintf("handed %s over from %s to %s in %s; no writes for at most %s",
 		what, r.From.Control, r.To.Control, millis(r.Milliseconds), millis(r.Gap))
 	if r.Interrupted {
 		text += "; the interrupt came too late to stop it"

@@ -69,8 +69,8 @@ func TestHandoverTexts(t *testing.T) {
 		change func()
 		want   string
 	}{
-		{func() {}, "handed /srv/a.img over from a to b in 16.1 ms; no writes for 4.7 ms"},
-		{func() { r.Interrupted = true }, "handed /srv/a.img over from a to b in 16.1 ms; no writes for 4.7 ms; the interrupt came too late to stop it"},
+		{func() {}, "handed /srv/a.img over from a to b in 16.1 ms; no writes for at most 4.7 ms"},
+		{func() { r.Interrupted = true }, "handed /srv/a.img over from a to b in 16.1 ms; no writes for at most 4.7 ms; the interrupt came too late to stop it"},
 		{func() { r.Images = append(r.Images, r.Images[0]); r.Outcome = control.HandoverAlready }, "nothing to do: b owns 2 images"},
 	} {
 		c.change()
