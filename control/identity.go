@@ -154,19 +154,21 @@ func (c *Client) exported(ctx context.Context) ([]ImageStatus, error) {
 		return nil, err
 	}
 	var list []ImageStatus
-	for _, e := range exports {
-		for _, n := range nodes {
-			if n.NodeName != e.Node {
-				continue
+	for _, n := range nodes {
+		s := ImageStatus{
+			Node: n.NodeName, Image: n.Image.Filename, Format: n.Drv, Size: n.Image.VirtualSize, ReadOnly: n.RO,
+			State: stateInactive, Locks: Locks{Held: "unknown", Scope: "unknown"},
+		}
+		if n.Active {
+			s.State = stateActive
+		}
+		for _, e := range exports {
+			if e.Node == n.NodeName {
+				s.Exports = append(s.Exports, Export{ID: e.ID, Writable: !n.RO})
 			}
-			s := ImageStatus{
-				Node: n.NodeName, Image: n.Image.Filename, Format: n.Drv, Size: n.Image.VirtualSize, ReadOnly: n.RO,
-				Export: Export{ID: e.ID, Writable: !n.RO}, State: stateInactive,
-				Locks: Locks{Held: "unknown", Scope: "unknown"},
-			}
-			if n.Active {
-				s.State = stateActive
-			}
+		}
+		if len(s.Exports) > 0 {
+			s.Export = s.Exports[0]
 			list = append(list, s)
 		}
 	}

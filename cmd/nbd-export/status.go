@@ -139,8 +139,8 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		blocks, rows = append(blocks, rows), nil
 		row("image", "%s", i.Image)
 		row("node", "%s", i.Node)
-		if i.Export.Name != "" {
-			row("export", "%s", i.Export.Name)
+		if text := exportsText(i); text != "" {
+			row("export", "%s", text)
 		}
 		row("format", "%s", i.Format)
 		row("size", "%s", exactSize(i.Size))
@@ -177,6 +177,29 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		}
 	}
 	return append(blocks, rows)
+}
+
+// exportsText names the exports of an image, and says which are read-only if
+// others are not. One without a name alone needs none: clients get it by default.
+func exportsText(i control.ImageStatus) string {
+	var list []string
+	for _, e := range i.Exports {
+		name := e.Name
+		switch {
+		case i.Since.IsZero(): // QEMU's daemon says no more
+			name = e.ID
+		case name == "":
+			name = `""`
+		}
+		if !e.Writable && !i.ReadOnly {
+			name += " (read-only)"
+		}
+		list = append(list, name)
+	}
+	if len(list) == 1 && list[0] == `""` {
+		return ""
+	}
+	return strings.Join(list, ", ")
 }
 
 // aheadText is what is left to write, and how long writers have been slowed

@@ -16,7 +16,7 @@ func TestWriteStatus(t *testing.T) {
 		Images: []control.ImageStatus{
 			{
 				Node: "image0", Image: "/srv/a.img", Format: "raw", Size: 10 << 30, State: "inactivating", Epoch: 7,
-				Export: control.Export{Name: "disk"}, Since: now.Add(-1234 * time.Millisecond), Step: "sync-ahead", StepSeconds: 1.2,
+				Exports: []control.Export{{Name: "disk", Writable: true}, {}, {Name: "copy"}}, Since: now.Add(-1234 * time.Millisecond), Step: "sync-ahead", StepSeconds: 1.2,
 				Locks:  control.Locks{Held: "100,101,103,201,203", Scope: "cluster"},
 				Record: control.Record{Path: "/srv/a.img.owner"},
 				Stats: ioloop.Stats{
@@ -25,7 +25,7 @@ func TestWriteStatus(t *testing.T) {
 				},
 			},
 			{
-				Node: "image1", Image: "/dev/sdx", Format: "raw", Size: 1000, ReadOnly: true, State: "failed(io)", Since: now,
+				Node: "image1", Image: "/dev/sdx", Format: "raw", Size: 1000, ReadOnly: true, State: "failed(io)", Since: now, Exports: []control.Export{{}},
 				Cause: "input/output error", LastError: "line one\nline two", Locks: control.Locks{Held: "none", Scope: "host-local"},
 				Record: control.Record{PerProcess: "--owner-record off"},
 			},
@@ -35,7 +35,7 @@ func TestWriteStatus(t *testing.T) {
 
 image        /srv/a.img
 node         image0
-export       disk
+export       disk, "" (read-only), copy (read-only)
 format       raw
 size         10 GiB (10737418240 bytes)
 state        inactivating
