@@ -3,7 +3,7 @@ package state
 import "errors"
 
 // ErrPinned refuses to inactivate a pinned image.
-var ErrPinned = errors.New("an export of it was not told that it may be inactive (allow-inactive)")
+var ErrPinned = errors.New("an export of it may not be inactive; delete that export, or add it with allow-inactive")
 
 // Pin keeps the image with this process while it is active: until as many
 // Unpin, orders to inactivate it are refused with ErrPinned. One under way goes
