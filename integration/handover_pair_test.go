@@ -23,10 +23,15 @@ type handoverReport struct {
 	Next    string  `json:"next"`
 	IfGone  string  `json:"next-if-gone"`
 	Gap     float64 `json:"gap-ms"`
-	Steps   []struct{ Step, Error string }
+	Steps   []handoverStep
 	Images  []struct{ Proof string }
 	From    handoverSide `json:"from"`
 	To      handoverSide `json:"to"`
+}
+
+type handoverStep struct {
+	Step, Error string
+	MS          float64
 }
 
 type handoverSide struct{ State, Error string }
