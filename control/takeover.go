@@ -261,18 +261,19 @@ func (t *Takeover) ask(peer string) (what string, given bool, err error) {
 	ctx, cancel := context.WithTimeout(t.ctx, max(t.target.Machine.HoldFor()/2, 500*time.Millisecond))
 	defer cancel()
 	c, err := Dial(ctx, peer)
-	if errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED) {
+	local := !strings.HasPrefix(peer, execPrefix) // what such a command lacks says nothing
+	if local && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)) {
 		return peer + " is gone", false, nil
 	}
 	if err != nil {
-		return t.unreachable(peer, err)
+		return t.silent(peer, false, err)
 	}
 	defer func() { _ = c.Close() }()
 	ctx, cancel = context.WithTimeout(t.ctx, proofLimit)
 	defer cancel()
 	pairs, err := SameImages(ctx, t.registry, c, false, t.target.Node)
 	if err != nil {
-		return t.unreachable(peer, err)
+		return t.silent(peer, true, err)
 	}
 	ctx, cancel = context.WithTimeout(t.ctx, orderLimit)
 	defer cancel()
@@ -289,20 +290,24 @@ func (t *Takeover) ask(peer string) (what string, given bool, err error) {
 	return peer + " gave it away", true, nil
 }
 
-// unreachable is the answer for a peer that may own the image and does not say.
-// Where the locks reach it they tell; elsewhere only the record can.
-func (t *Takeover) unreachable(peer string, cause error) (string, bool, error) {
+// silent is the answer for a peer that may own the image and does not say,
+// because of cause. Where the locks reach it they tell. Elsewhere only the
+// record can, and of a peer that lives not even that: there may be two records.
+func (t *Takeover) silent(peer string, lives bool, cause error) (string, bool, error) {
 	cause = fmt.Errorf("%s does not give it away: %w", peer, cause)
-	if t.target.Locks != nil && t.target.Locks().Scope == "cluster" {
-		return cause.Error(), false, nil
-	}
-	var path string
-	if t.target.Record != nil {
-		path = t.target.Record().Path
-	}
-	seen, err := backend.Who(t.name(), path)
-	if err == nil && seen.Owner != nil && (seen.Owner.Clean || seen.Owner.Process() == backend.ProcessEnded) {
+	if t.target.Locks != nil && t.target.Locks().Scope == "cluster" || !lives && t.letGoElsewhere() {
 		return cause.Error(), false, nil
 	}
 	return "", false, fmt.Errorf("%w; the locks do not reach every host, so it is not activated without the peer's word", cause)
+}
+
+// letGoElsewhere reports whether the owner record says that a process of
+// another host had the image last, and let go in order. One that names this
+// host may be one that other hosts do not see, and write their own.
+func (t *Takeover) letGoElsewhere() bool {
+	if t.target.Record == nil || t.target.Record().Path == "" {
+		return false
+	}
+	seen, err := backend.Who(t.name(), t.target.Record().Path)
+	return err == nil && seen.Owner != nil && seen.Owner.Clean && t.me.Host != "" && seen.Owner.Host != t.me.Host
 }

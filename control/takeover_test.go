@@ -198,6 +198,7 @@ func TestTakeoverWithoutAnswer(t *testing.T) {
 	}
 	t.Cleanup(func() { _ = l.Close() })
 	nobody := filepath.Join(t.TempDir(), "nobody")
+	other := newBed(t, 1).listen(t, Config{}) // proves nothing
 	for name, c := range map[string]struct {
 		peer, scope string
 		taken       bool
@@ -207,6 +208,9 @@ func TestTakeoverWithoutAnswer(t *testing.T) {
 		"gone, no locks":             {nobody, "off", true, nobody + " is gone"},
 		"silent":                     {silent, "cluster", true, "accepts connections but does not greet"},
 		"silent, locks reach no one": {silent, "host-local", false, "not activated without the peer's word"},
+		"no proof":                   {other, "cluster", true, "cannot be proven"},
+		"no proof, nor locks":        {other, "host-local", false, "not activated without the peer's word"},
+		"no command":                 {"exec: ", "host-local", false, "not activated without the peer's word"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -227,6 +231,52 @@ func TestTakeoverWithoutAnswer(t *testing.T) {
 				t.Errorf("it is %s", s)
 			}
 		})
+	}
+}
+
+// Of a peer that is silent the record tells, if it is one that both see.
+func TestTakeoverRecord(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "a.img")
+	if err := os.WriteFile(image, make([]byte, 512), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	record := Record{Path: image + ".owner"}
+	e := &exporter{scope: "host-local"}
+	tk := NewTakeover(TakeoverConfig{})
+	defer tk.Close()
+	tk.me.Host = "here"
+	tk.target = &Target{
+		Image: &fakeImage{info: backend.Info{Path: image}}, Record: func() Record { return record }, Locks: func() Locks { return Locks{Scope: e.scope} },
+	}
+	for name, c := range map[string]struct {
+		text  string // of the record
+		lives bool
+		taken bool
+	}{
+		"none":                  {"", false, false},
+		"let go elsewhere":      {`"host":"there","clean":true`, false, true},
+		"let go, and it lives":  {`"host":"there","clean":true`, true, false},
+		"owned elsewhere":       {`"host":"there","clean":false`, false, false},
+		"let go here":           {`"host":"here","clean":true`, false, false},
+		"owned here until dead": {`"host":"here","clean":false`, false, false},
+	} {
+		if c.text != "" {
+			c.text = `{` + c.text + `,"pid":1,"boot-id":"x","since":"2026-11-23T10:00:00Z","epoch":3}`
+		}
+		if err := os.WriteFile(record.Path, []byte(c.text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		said, given, err := tk.silent("peer", c.lives, errors.New("why"))
+		if given || (err == nil) != c.taken || (said != "") != c.taken {
+			t.Errorf("%s: %q, %v, %v", name, said, given, err)
+		}
+		if c.taken {
+			record.Path = ""
+			if _, _, err := tk.silent("peer", c.lives, errors.New("why")); err == nil {
+				t.Errorf("%s: a record that is not kept tells", name)
+			}
+			record.Path = image + ".owner"
+		}
 	}
 }
 
