@@ -61,7 +61,11 @@ func SameImages(ctx context.Context, a, b Prover, assume bool, nodes ...string) 
 	if err != nil {
 		return nil, err
 	}
-	bs, err := b.Identify(ctx, nonce+"-b")
+	answer := ""
+	if slices.ContainsFunc(as, func(i Identity) bool { return !i.Noted }) {
+		answer = nonce + "-b" // it may own what a does not
+	}
+	bs, err := b.Identify(ctx, answer)
 	if err != nil {
 		return nil, err
 	}
