@@ -359,7 +359,14 @@ func (h *handover) glance(ctx context.Context, s Side, o Order) (f fate, settled
 		return fateUnknown, false, fmt.Errorf("%w: %w", errUnheard, err)
 	}
 	if running {
-		return fateUnknown, false, errors.New("the order is still under way")
+		at := ""
+		for _, node := range o.Nodes {
+			if i := now.image(node); i != nil && i.Step != "" {
+				at = fmt.Sprintf(" (%s: %s for %.1fs)", i.Image, i.Step, i.StepSeconds)
+				break
+			}
+		}
+		return fateUnknown, false, errors.New("the order is still under way" + at)
 	}
 	done, not, moving := 0, 0, false
 	for _, node := range o.Nodes {

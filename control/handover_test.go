@@ -315,9 +315,11 @@ func TestHandoverOverdue(t *testing.T) {
 	b := newBed(t, 1)
 	b.activate(t)
 	begun := make(chan struct{})
+	stuck := make(chan struct{})
 	b.images[0].syncAhead = func(ctx context.Context) error {
 		close(begun)
 		<-ctx.Done()
+		<-stuck // a sync cannot be called off
 		return context.Cause(ctx)
 	}
 	p := NewPeer(b.listen(t, Config{}))
@@ -331,7 +333,11 @@ func TestHandoverOverdue(t *testing.T) {
 	if err == nil || answered(err) || !strings.Contains(err.Error(), "not done within 20s (--timeout)") {
 		t.Error(err)
 	}
-	// The source is told to leave it, and goes on as before.
+	// The source is told to leave it, and goes on as before once it can.
+	if _, settled, why := h.glance(t.Context(), p, o); settled || why == nil || !strings.Contains(why.Error(), "still under way (/srv/a.img: sync-ahead for ") {
+		t.Error(settled, why)
+	}
+	close(stuck)
 	if f, why := h.fate(p, o); f != fateNot || why != nil {
 		t.Error(f, why)
 	}

@@ -94,11 +94,12 @@ func (s State) Inactive() bool { return s == State(state.Inactive.String()) }
 
 // image is the image with that node, nil if there is none.
 func (s *Status) image(node string) *ImageStatus {
-	i := slices.IndexFunc(s.Images, func(i ImageStatus) bool { return i.Node == node })
-	if i < 0 {
-		return nil
+	for i := range s.Images { // they are large, and there may be a thousand
+		if s.Images[i].Node == node {
+			return &s.Images[i]
+		}
 	}
-	return &s.Images[i]
+	return nil
 }
 
 // states sums up the states of these nodes, or of all if none is named:
