@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"errors"
 	"fmt"
 	"io/fs"
 	"path/filepath"
@@ -116,7 +115,7 @@ func (o *ownerRecord) note(nonce string) (bool, error) {
 	path := o.place.Load().Path
 	v, err := o.look(path)
 	if err == nil && v == unknown {
-		err = errors.New("it cannot be read")
+		err = fmt.Errorf("owner record %s cannot be read", path)
 	}
 	if err != nil {
 		return false, err

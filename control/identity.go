@@ -31,6 +31,7 @@ type Identity struct {
 
 	// Record is the path of the owner record, "" if none is kept, and Nonce
 	// what stands in it now; Noted says that this side has just put it there.
+	// RecordError is why it cannot be read, or written by its owner.
 	Record      string    `json:"record,omitempty"`
 	RecordError string    `json:"record-error,omitempty"`
 	Epoch       uint64    `json:"epoch,omitempty"`
@@ -62,9 +63,7 @@ func (r *Registry) Identify(_ context.Context, nonce string, nodes ...string) ([
 	}
 	list := make([]Identity, len(ts))
 	for i, t := range ts {
-		if list[i], err = t.identify(nonce); err != nil {
-			return nil, err
-		}
+		list[i] = t.identify(nonce)
 	}
 	return list, nil
 }
@@ -73,7 +72,7 @@ func (r *Registry) Identify(_ context.Context, nonce string, nodes ...string) ([
 // image of a side can be told from its others.
 func noteFor(nonce, node string) string { return nonce + "/" + node }
 
-func (t *Target) identify(nonce string) (Identity, error) {
+func (t *Target) identify(nonce string) Identity {
 	info := t.Image.Info()
 	i := Identity{
 		Node: t.Node, Export: t.firstExport().Name, Image: info.Path, Format: info.Format, Size: t.Image.Size(),
@@ -84,22 +83,22 @@ func (t *Target) identify(nonce string) (Identity, error) {
 	}
 	img, ok := t.Image.(identifier)
 	if !ok {
-		return i, nil
+		return i
 	}
+	var noteErr error
 	if nonce != "" {
-		var err error
-		if i.Noted, err = img.Note(noteFor(nonce, t.Node)); err != nil {
-			return i, err
-		}
+		i.Noted, noteErr = img.Note(noteFor(nonce, t.Node))
 	}
 	b := img.Identify()
 	i.Size, i.BootID, i.Dev, i.Ino = b.Size, b.BootID, b.Dev, b.Ino
 	if b.OpenErr != nil {
 		i.Unusable = b.OpenErr.Error()
 	}
-	i.RecordError = errorText(b.RecordErr)
+	if i.RecordError = errorText(b.RecordErr); i.RecordError == "" {
+		i.RecordError = errorText(noteErr)
+	}
 	i.Record, i.Epoch, i.Since, i.Nonce, i.Lags = b.Record.Path, b.Epoch, b.Since, b.Nonce, b.Lags
-	return i, nil
+	return i
 }
 
 // identify is x-identify.

@@ -171,6 +171,11 @@ func match(as, bs []Identity, nodes []string, assume bool) ([]Pair, error) {
 			}
 			p.B, p.Proof, taken[j] = bs[j], ProofAssumed, true
 		}
+		for _, s := range []*Identity{&p.A, &p.B} {
+			if s.Active && s.RecordError != "" { // its owner is in trouble
+				return nil, fmt.Errorf("%s (node %s): %s", s.Image, s.Node, s.RecordError)
+			}
+		}
 		if err := p.alike(); err != nil {
 			return nil, err
 		}

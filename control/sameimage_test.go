@@ -106,6 +106,27 @@ func TestSameImages(t *testing.T) {
 	}
 }
 
+// An owner in trouble with one record can prove what it has else.
+func TestSameImagesBadRecord(t *testing.T) {
+	ctx := context.Background()
+	paths := imageFiles(t, 2)
+	owner, other := rawBed(t, backend.Options{}, paths...), rawBed(t, backend.Options{}, paths...)
+	owner.activate(t)
+	if err := os.WriteFile(paths[0]+".owner", []byte("scribble"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for name, sides := range map[string][2]Prover{"owner asks": {owner, other}, "owner is asked": {other, owner}} {
+		if pairs, err := SameImages(ctx, sides[0], sides[1], false, "image1"); err != nil || pairs[0].Proof != ProofRecord {
+			t.Errorf("%s: %v, %v", name, pairs, err)
+		}
+		_, err := SameImages(ctx, sides[0], sides[1], false, "image0")
+		if err == nil || !strings.Contains(err.Error(), "image0") || !strings.Contains(err.Error(), "this is no owner record") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	_ = state.Abandon(ctx, machines(owner.Targets())...)
+}
+
 // prove looks at identities alone.
 func TestProve(t *testing.T) {
 	now := time.Now()
