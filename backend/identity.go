@@ -124,7 +124,7 @@ func (o *ownerRecord) note(nonce string) (bool, error) {
 	next.Nonce = nonce
 	if err := replaceRecord(path, next.bytes(), &o.stat, o.faults); err != nil {
 		return false, &fs.PathError{Op: "write owner record", Path: path, Err: fmt.Errorf(
-			"%w; without it nobody can tell that two exporters have the same image; make room for it, or inactivate the one and activate the other", err)}
+			"%w; without it nobody can tell that two exporters have the same image; make room for it, or give --assume-same-image", err)}
 	}
 	o.mine = &next
 	return true, nil

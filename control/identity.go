@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/nbd-export/nbd-export/backend"
@@ -32,12 +33,14 @@ type Identity struct {
 	// Record is the path of the owner record, "" if none is kept, and Nonce
 	// what stands in it now; Noted says that this side has just put it there.
 	// RecordError is why it cannot be read, or written by its owner.
-	Record      string    `json:"record,omitempty"`
-	RecordError string    `json:"record-error,omitempty"`
-	Epoch       uint64    `json:"epoch,omitempty"`
-	Since       time.Time `json:"since,omitzero"`
-	Nonce       string    `json:"nonce,omitempty"`
-	Noted       bool      `json:"noted,omitempty"`
+	Record      string `json:"record,omitempty"`
+	RecordError string `json:"record-error,omitempty"`
+	// Unnoted is why the owner had no room to put a nonce there.
+	Unnoted string    `json:"unnoted,omitempty"`
+	Epoch   uint64    `json:"epoch,omitempty"`
+	Since   time.Time `json:"since,omitzero"`
+	Nonce   string    `json:"nonce,omitempty"`
+	Noted   bool      `json:"noted,omitempty"`
 	// Lags: the side may see an older record for a while.
 	Lags bool `json:"lags,omitempty"`
 }
@@ -88,6 +91,9 @@ func (t *Target) identify(nonce string) Identity {
 	var noteErr error
 	if nonce != "" {
 		i.Noted, noteErr = img.Note(noteFor(nonce, t.Node))
+		if errno, ok := errors.AsType[syscall.Errno](noteErr); ok && (errno == syscall.ENOSPC || errno == syscall.EDQUOT) {
+			i.Unnoted, noteErr = noteErr.Error(), nil // a full disk must not keep its owner
+		}
 	}
 	b := img.Identify()
 	i.Size, i.BootID, i.Dev, i.Ino = b.Size, b.BootID, b.Dev, b.Ino

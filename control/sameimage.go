@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -213,6 +214,8 @@ func noProof(a, b *Identity) string {
 		return a.RecordError
 	case b.RecordError != "":
 		return b.RecordError
+	case a.Unnoted != "" || b.Unnoted != "":
+		return cmp.Or(a.Unnoted, b.Unnoted)
 	case a.Record == "" || b.Record == "":
 		return "not both keep an owner record of it, and they do not show one file under one kernel"
 	case !a.Active && !b.Active:

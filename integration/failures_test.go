@@ -15,6 +15,12 @@ import (
 // only some MiB of them durable.
 func failingDevice(t *testing.T) string {
 	t.Helper()
+	return loopDevice(t, smallDisk(t))
+}
+
+// smallDisk is the path of an image of 64 MiB on a file system of 4 MiB.
+func smallDisk(t *testing.T) string {
+	t.Helper()
 	dir := tmpfsDir(t)
 	p := spawn(t, "sleep", inNamespace(
 		`mkdir "$1/small"; mount -t tmpfs -o size=4m none "$1/small"; truncate -s 64M "$1/small/disk.img"; : >"$1/ready"; shift`, dir),
@@ -23,7 +29,7 @@ func failingDevice(t *testing.T) string {
 		_, err := os.Stat(dir + "/ready")
 		return err == nil
 	})
-	return loopDevice(t, fmt.Sprintf("/proc/%d/root%s/small/disk.img", p.pid, dir))
+	return fmt.Sprintf("/proc/%d/root%s/small/disk.img", p.pid, dir)
 }
 
 // A sync that fails may have lost writes, and the kernel says so only once:

@@ -183,6 +183,22 @@ func TestHandoverWithoutRecord(t *testing.T) {
 }
 
 // Two commands at once, the same way and against each other.
+// A full disk must not keep its owner.
+func TestHandoverOnFullDisk(t *testing.T) {
+	image := smallDisk(t)
+	a, b := serve(t, image), serve(t, image, "--inactive")
+	c := dialRaw(t, a.socket, "")
+	for off := uint64(0); c.do(cmdWrite, 0, off, 4096, randomBytes(int64(off), 4096)).errno == 0; off += 4096 {
+	}
+	for _, way := range [][2]*daemon{{a, b}, {b, a}} {
+		h := handover(t, way[0].control, way[1].control)
+		if h.Outcome != "moved" {
+			t.Fatalf("%+v", h)
+		}
+	}
+	wantServes(t, c, 0, 1)
+}
+
 func TestHandoverRace(t *testing.T) {
 	p := newPair(t, tmpfsDir(t))
 	outcomes := map[string]int{}
