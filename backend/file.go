@@ -215,9 +215,8 @@ func (f *File) Traits() Traits { return f.traits }
 // Writable reports whether the file is open for writing.
 func (f *File) Writable() bool { return f.writable }
 
-// Close closes the descriptors. The locks go with the descriptions, that is
-// when the last I/O on them has ended, and never before. It writes nothing.
-// Nothing may use the file any more.
+// Close unlocks and closes the descriptors. It writes nothing. Nothing may use
+// the file any more.
 func (f *File) Close() error {
 	var errs [2]error
 	for i, fd := range [...]*int{&f.tailFd, &f.fd} {
@@ -225,6 +224,7 @@ func (f *File) Close() error {
 			continue
 		}
 		err := f.faults.check(opClose, 0)
+		f.unlock(*fd)
 		// The descriptor is gone whatever close says (close(2)).
 		if e := unix.Close(*fd); err == nil && e != unix.EINTR {
 			err = e

@@ -167,6 +167,7 @@ type ranges struct {
 	mu       sync.Mutex
 	wake     sync.Cond
 	waiting  int
+	rmws     int   // in the list
 	old, new *span // in order of arrival
 	free     *span
 }
@@ -183,6 +184,29 @@ type span struct {
 func (r *ranges) enter(lo, hi int64, rmw bool) *span {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	s := r.addLocked(lo, hi, rmw)
+	for r.blocked(s) {
+		r.wake.L = &r.mu
+		r.waiting++
+		r.wake.Wait()
+		r.waiting--
+	}
+	return s
+}
+
+// tryEnter is enter for whole blocks; nil if it would have to wait.
+func (r *ranges) tryEnter(lo, hi int64) *span {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s := r.addLocked(lo, hi, false)
+	if r.blocked(s) {
+		r.leaveLocked(s)
+		return nil
+	}
+	return s
+}
+
+func (r *ranges) addLocked(lo, hi int64, rmw bool) *span {
 	s := r.free
 	if s == nil {
 		s = new(span)
@@ -196,16 +220,16 @@ func (r *ranges) enter(lo, hi int64, rmw bool) *span {
 		r.new.next = s
 	}
 	r.new = s
-	for r.blocked(s) {
-		r.wake.L = &r.mu
-		r.waiting++
-		r.wake.Wait()
-		r.waiting--
+	if rmw {
+		r.rmws++
 	}
 	return s
 }
 
 func (r *ranges) blocked(s *span) bool {
+	if r.rmws == 0 {
+		return false // the common case, without a look at each
+	}
 	for o := s.prev; o != nil; o = o.prev {
 		if (o.rmw || s.rmw) && o.lo < s.hi && s.lo < o.hi {
 			return true
@@ -217,6 +241,16 @@ func (r *ranges) blocked(s *span) bool {
 func (r *ranges) leave(s *span) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.leaveLocked(s)
+	if r.waiting > 0 {
+		r.wake.Broadcast()
+	}
+}
+
+func (r *ranges) leaveLocked(s *span) {
+	if s.rmw {
+		r.rmws--
+	}
 	if s.prev == nil {
 		r.old = s.next
 	} else {
@@ -229,9 +263,6 @@ func (r *ranges) leave(s *span) {
 	}
 	*s = span{next: r.free}
 	r.free = s
-	if r.waiting > 0 {
-		r.wake.Broadcast()
-	}
 }
 
 // lockRange excludes read-modify-writes from [off, off+n) while it is

@@ -307,6 +307,19 @@ func (f *File) takeLock(fd int, b lockByte) error {
 	})
 }
 
+// unlock gives up the locks of fd, which is about to be closed. Closing alone
+// would leave that to the moment when the kernel lets go of the description,
+// which for one that io_uring used is a little later than its last completion.
+// An error is no matter: then it is that moment.
+func (f *File) unlock(fd int) {
+	if len(f.held) == 0 || fd < 0 {
+		return
+	}
+	_ = retry(func() error {
+		return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_UNLCK, Whence: io.SeekStart})
+	})
+}
+
 // heldElsewhere reports whether a description other than fd's holds b.
 func (f *File) heldElsewhere(fd int, b lockByte) (bool, error) {
 	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: int64(b), Len: 1}

@@ -403,15 +403,31 @@ func (o *ownerRecord) tell(format string, args ...any) {
 // holder names, to somebody whom the locks refuse, who has them; "" if the
 // record does not know.
 func (o *ownerRecord) holder() string {
+	if r := o.claimed(); r != nil && r.Process() != ProcessEnded {
+		return r.Owner(time.Now())
+	}
+	return ""
+}
+
+// ownerEnded reports whether the record names a process of this host that
+// ended without giving the image up.
+func (o *ownerRecord) ownerEnded() bool {
+	r := o.claimed()
+	return r != nil && r.Process() == ProcessEnded
+}
+
+// claimed is the record of an ownership that has not ended in order; nil if
+// there is none.
+func (o *ownerRecord) claimed() *OwnerRecord {
 	p := placeRecord(o.image, o.explicit, o.device)
 	if p.Path == "" {
-		return ""
+		return nil
 	}
 	r, _, err := readRecord(p.Path, o.faults)
-	if err != nil || r == nil || r.Clean || r.Process() == ProcessEnded {
-		return ""
+	if err != nil || r == nil || r.Clean {
+		return nil
 	}
-	return r.Owner(time.Now())
+	return r
 }
 
 // claim writes that this process owns the image, whose locks it holds and

@@ -221,7 +221,15 @@ func (r *Raw) Acquire() (err error) {
 		if r.opts.ReadOnly {
 			lock = f.LockReadOnly
 		}
-		if err := lock(); err != nil {
+		err := lock()
+		for try := 0; try < lingerTries && r.lingers(err); try++ {
+			time.Sleep(lingerPause)
+			f.unlock(f.fd)
+			f.unlock(f.tailFd)
+			f.held = nil
+			err = lock()
+		}
+		if err != nil {
 			if le, ok := errors.AsType[*LockError](err); ok {
 				le.Holder = r.record.holder()
 			}
@@ -229,7 +237,7 @@ func (r *Raw) Acquire() (err error) {
 		}
 		// Who replaces an image by renaming may have done so meanwhile.
 		var st unix.Stat_t
-		err := retry(func() error { return unix.Stat(r.opts.Path, &st) })
+		err = retry(func() error { return unix.Stat(r.opts.Path, &st) })
 		if err == unix.ENOENT {
 			return r.removed()
 		}
@@ -247,6 +255,19 @@ func (r *Raw) Acquire() (err error) {
 	r.noteLocks(f)
 	r.next = &view{file: f, active: true}
 	return nil
+}
+
+// The locks of a process that was killed stay until the kernel has ended the
+// I/O it had submitted to an io_uring, a moment after the process.
+const (
+	lingerTries = 100
+	lingerPause = 10 * time.Millisecond
+)
+
+// lingers reports whether err is a lock whose owner has ended.
+func (r *Raw) lingers(err error) bool {
+	_, ok := errors.AsType[*LockError](err)
+	return ok && r.record.ownerEnded()
 }
 
 func (r *Raw) removed() error {
