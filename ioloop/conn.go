@@ -25,7 +25,8 @@ import (
 //	    payload is here: a client that stalls in it delays nobody.
 //	 3. What cannot wait for a device runs at once, in this goroutine, and its
 //	    reply is appended to the reply buffer (inline.go). Everything else
-//	    becomes a task for a worker (task.go), or is parked while the gate holds.
+//	    becomes a task for the ring (uring.go) or a worker (task.go), or is
+//	    parked while the gate holds.
 //	 4. When the input has no complete request left, or the replies reach
 //	    flushAt, they go out in one send (conn.flush). What the socket does not
 //	    take is queued (outgoing.go); receiving goes on until the connection's
@@ -96,6 +97,11 @@ type conn struct {
 	plan   backend.Plan
 	batch  batch
 
+	ring     *Uring  // nil in the portable engine
+	prepared []*task // for the ring, not yet submitted
+	onRing   int     // operations; Uring.mu
+	holding  bool    // the reaper's: it is the sender
+
 	turn    turn    // scheduler.mu
 	waiters waiters // Pace.mu
 
@@ -129,6 +135,7 @@ func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk) *conn {
 	}
 	c.atRest, c.inPayload = c.onRest, c.onPayload
 	c.out.init(c.t)
+	c.ring = e.ring
 	c.lane = d.Machine.Lane(c.reopen, c.oldest)
 	return c
 }

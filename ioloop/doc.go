@@ -5,6 +5,6 @@
 // (package state).
 //
 // One goroutine per connection receives, decodes, and executes inline what
-// cannot wait for a device; the rest goes to workers, and a writer goroutine
+// cannot wait for a device; the rest goes to an io_uring or to workers, and a writer goroutine
 // exists only while a client does not take its replies.
 package ioloop

@@ -25,15 +25,19 @@ type Config struct {
 	// owes, while others wait for the memory it holds, before it is
 	// disconnected; 10 s.
 	StallLimit time.Duration
+	// Ring makes it the io_uring engine, which closes it when it has been shut
+	// down; nil is the portable one.
+	Ring *Uring
 }
 
-// Engine is the portable engine: what all connections of a process share. Its
+// Engine is what all connections of a process share. Its
 // methods may be called concurrently.
 type Engine struct {
 	limit   int64 // of budget
 	budget  *budget
 	buffers pool
 	sched   *scheduler
+	ring    *Uring // nil in the portable engine
 	log     *zap.Logger
 	stall   time.Duration
 
@@ -65,6 +69,7 @@ func NewEngine(cfg Config) *Engine {
 		log:     cfg.Log,
 		stall:   cfg.StallLimit,
 		sched:   newScheduler(cfg.Workers),
+		ring:    cfg.Ring,
 		conns:   make(map[*conn]struct{}),
 	}
 }
@@ -153,7 +158,11 @@ func (e *Engine) Serve(nc net.Conn, codec Codec, d *Disk) error {
 		d.counts.connections.Add(-1)
 		e.mu.Lock()
 		delete(e.conns, c)
+		last := e.shut && len(e.conns) == 0
 		e.mu.Unlock()
+		if last {
+			e.closeRing()
+		}
 	}()
 	return c.serve()
 }
@@ -170,6 +179,22 @@ func (e *Engine) Shutdown(ctx context.Context) {
 		wg.Go(func() { c.finish(ctx) })
 	}
 	wg.Wait()
+	e.mu.Lock()
+	last := len(e.conns) == 0
+	e.mu.Unlock()
+	if last {
+		e.closeRing()
+	}
+}
+
+// closeRing is called when no connection is left and none will come.
+func (e *Engine) closeRing() {
+	if e.ring == nil {
+		return
+	}
+	if err := e.ring.close(); err != nil {
+		e.log.Warn("io_uring cannot be closed", zap.Error(err))
+	}
 }
 
 func (e *Engine) all() []*conn {

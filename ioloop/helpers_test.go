@@ -346,6 +346,12 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 	}
 	r.m = state.NewMachine(raw, opt)
 	r.d.Machine = r.m
+	// The whole suite runs on either engine. A kernel without io_uring fails it,
+	// unless the portable engine is asked for.
+	if cfg.Ring == nil && os.Getenv("NBD_EXPORT_ENGINE") != "portable" {
+		cfg.Ring, err = OpenUring()
+		must(t, err)
+	}
 	r.e = NewEngine(cfg.Config)
 	r.e.sched.stay = time.Millisecond
 	t.Cleanup(r.teardown)
@@ -392,6 +398,7 @@ func (r *rig) teardown() {
 		defer r.e.sched.mu.Unlock()
 		return r.e.sched.workers == 0 && r.e.sched.idle == 0 && r.e.sched.first == nil
 	})
+	r.e.Shutdown(context.Background())
 	if err := state.Stop(r.m); err != nil {
 		r.t.Errorf("stop: %v", err)
 	}

@@ -71,6 +71,7 @@ func (c *conn) signalRoom() {
 // awaitRoom waits until a task ends or memory of this connection is given
 // back since it was last called, or reports that the connection is broken.
 func (c *conn) awaitRoom() bool {
+	c.submit() // prepared tasks are admitted
 	select {
 	case <-c.room:
 		return true

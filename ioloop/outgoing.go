@@ -95,6 +95,18 @@ func (o *outgoing) enqueue(segs ...segment) {
 	o.pump()
 }
 
+// hold makes the caller the sender unless there is one, so that what is
+// enqueued until it calls pump goes out together.
+func (o *outgoing) hold() bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.sending {
+		return false
+	}
+	o.sending = true
+	return true
+}
+
 // pump sends what is queued until nothing is left, or hands over to a writer.
 // The caller is the sender.
 func (o *outgoing) pump() {

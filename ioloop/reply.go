@@ -14,8 +14,9 @@ type batch struct {
 	reads, writes, bytesRead, bytesWritten, dirtied, refused, errors uint64
 }
 
-// flush sends the replies collected so far.
+// flush submits the tasks for the ring and sends the replies collected so far.
 func (c *conn) flush() {
+	c.submit()
 	c.batch.addTo(&c.disk.counts)
 	if c.filled == 0 {
 		return

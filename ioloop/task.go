@@ -27,6 +27,7 @@ type task struct {
 	heads    []byte        // reply headers
 	segs     []segment
 	status   []backend.Status
+	ring     onRing
 
 	next         *task // scheduler.mu, or Pace.mu while it waits there
 	older, newer *task // conn.mu
@@ -98,6 +99,7 @@ func (t *task) recycle() {
 	*t = task{
 		plan:  backend.Plan{Extents: keep(t.plan.Extents)},
 		heads: keep(t.heads), segs: keep(t.segs), status: keep(t.status),
+		ring: onRing{writes: keep(t.ring.writes)},
 	}
 	tasks.Put(t)
 }
@@ -110,10 +112,12 @@ func keep[E any](s []E) []E {
 	return s[:0]
 }
 
-// start hands t to a worker. It never waits.
+// start hands t to the ring or a worker. It never waits.
 func (c *conn) start(t *task) {
 	c.list(t)
-	c.e.sched.submit(t)
+	if !c.toRing(t) {
+		c.e.sched.submit(t)
+	}
 }
 
 // list counts t in.
@@ -322,11 +326,14 @@ func (t *task) leave(err error) {
 // perform does the storage work of an admitted task that is no flush.
 func (t *task) perform() error {
 	r, img := &t.req, t.conn.disk.Image
+	durable := t.conn.durable(r)
+	err := t.leaveRing(durable)
+	if err != nil {
+		return err
+	}
 	if err := checkRange(img, r); err != nil {
 		return err
 	}
-	durable := t.conn.durable(r)
-	var err error
 	switch r.Op {
 	case OpWrite:
 		return t.store(durable)
