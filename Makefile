@@ -64,6 +64,7 @@ cross:
 
 unit:
 	$(GO) test ./...
+	NBD_EXPORT_ENGINE=portable $(GO) test ./ioloop
 
 # The race detector is the one thing that needs a C compiler.
 race:
@@ -75,6 +76,7 @@ fuzz:
 # One package at a time, for the same reason as above.
 integration: build hooked
 	cd integration && $(GO) test -count=1 -p 1 -timeout 20m ./...
+	cd integration && NBD_EXPORT_ENGINE=portable $(GO) test -count=1 -timeout 5m -run '^(TestTwoExportersOnDisk|TestRandomRequestsAgainstModel)$$/none' .
 
 # The long versions of the tests that have one, and a long fuzz run.
 soak: peers build hooked

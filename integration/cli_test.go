@@ -33,7 +33,7 @@ func TestServeHelpNamesEveryFlag(t *testing.T) {
 	help := cli(t, "serve", "--help").stdout
 	for _, flag := range []string{"-k, --socket", "-p, --port", "-b, --bind", "-x, --export-name", "-D, --description",
 		"-f, --format", "-r, --read-only", "--inactive", "--control", "--pid-file", "--cache", "--locking",
-		"--drop-cache", "--memory", "-e, --shared", "--log-level", "--log-format"} {
+		"--drop-cache", "--memory", "--engine", "-e, --shared", "--log-level", "--log-format"} {
 		if !strings.Contains(help, flag) {
 			t.Errorf("serve --help lacks %q", flag)
 		}
@@ -75,6 +75,7 @@ func TestWrongUsage(t *testing.T) {
 		{"serve", "--drop-cache", "perhaps", image},
 		{"serve", "--format", "qcow7", image},
 		{"serve", "--memory", "much", image},
+		{"serve", "--engine", "steam", image},
 		{"serve", "--memory", "-1", image},
 		{"serve", "--memory", "99999999999999T", image},
 		{"serve", "--port", "65536", image},

@@ -660,6 +660,9 @@ func newDaemonIn(t testing.TB, dir, image string, prepare func(*exec.Cmd), flags
 	if !slices.Contains(flags, "-f") && !slices.Contains(flags, "--format") {
 		argv = append(argv, "--format", "raw")
 	}
+	if engine := os.Getenv("NBD_EXPORT_ENGINE"); engine != "" && !slices.Contains(flags, "--engine") {
+		argv = append(argv, "--engine", engine)
+	}
 	for i, f := range flags[:max(len(flags)-1, 0)] {
 		if f == "-x" || f == "--export-name" {
 			e.name = flags[i+1]

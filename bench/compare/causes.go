@@ -13,7 +13,6 @@ var causes = map[string]string{
 	"tmpfs-unix-randread-1M-d1-c1":        "a read is copied through a buffer larger than the second-level cache, and handed to a worker and back.",
 	"tmpfs-unix-randwrite-1M-d4-c1":       "a payload is received into a buffer and then written by a worker; receiving into the target is not built yet.",
 	"tmpfs-tcp-randwrite-1M-d4-c1":        "a payload is received into a buffer and then written by a worker; receiving into the target is not built yet.",
-	"direct-unix-randread-4k-d32-c1":      "a worker waits for each read, at most 24 for one connection; the io_uring engine is not built yet.",
 	"ext4-cached-unix-randread-4k-d32-c1": "every read is copied by pread; page references in the send are not built yet.",
 	"ext4-cached-unix-randread-1M-d4-c1":  "a read is copied through a buffer larger than the second-level cache, by a worker; sendfile is not built yet.",
 	"ext4-cached-unix-randwrite-4k-d32-c1": "overwriting 4k in the large folios that sequential filling leaves in ext4's cache is slow in the kernel; " +

@@ -27,6 +27,7 @@ type daemonOptions struct {
 	memory  int64  // bytes
 	shared  int    // connections, 0 for no limit
 	dirty   int64  // bytes that an inactivation may leave when its gate closes
+	engine  string // "auto", "portable" or "uring"
 	first   []startOrder
 }
 
@@ -48,7 +49,10 @@ func serve(opt daemonOptions, images []imageOptions, signals *control.Signals, l
 	}
 	defer func() { _ = log.Sync() }() // before the last words
 	defer signals.Close()
-	d := newDaemon(opt, log)
+	d, err := newDaemon(opt, log)
+	if err != nil {
+		return err
+	}
 	defer func() { err = errors.Join(err, d.close()) }()
 	if err := d.listen(); err != nil {
 		return err
@@ -84,16 +88,36 @@ type daemon struct {
 	serving         atomic.Bool
 }
 
-func newDaemon(opt daemonOptions, log *zap.Logger) *daemon {
+func newDaemon(opt daemonOptions, log *zap.Logger) (*daemon, error) {
+	ring, err := openUring(opt.engine, log)
+	if err != nil {
+		return nil, err
+	}
 	d := &daemon{opt: opt, log: log, failed: make(chan error, 8), quit: make(chan struct{})}
-	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Log: log})
+	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Ring: ring, Log: log})
 	d.nbd = &control.NBD{Mover: d.engine, Log: log}
 	d.control = control.NewServer(control.Config{
 		Registry: &d.registry, NBD: d.nbd, Version: version, Log: log,
 		Open: func(o backend.Options) (*control.Target, error) { return d.open(imageOptions{Options: o}) },
 		Quit: func() { close(d.quit) },
 	})
-	return d
+	return d, nil
+}
+
+// openUring opens what the engine asked for needs; nil for the portable one.
+func openUring(engine string, log *zap.Logger) (*ioloop.Uring, error) {
+	if engine == "portable" {
+		return nil, nil
+	}
+	ring, err := ioloop.OpenUring()
+	switch {
+	case err == nil:
+		return ring, nil
+	case engine == "uring":
+		return nil, fmt.Errorf("--engine uring: %w", err)
+	}
+	log.Info("the portable engine serves", zap.NamedError("because", err))
+	return nil, nil
 }
 
 // listen takes the addresses, so that it is known early whether they are free.

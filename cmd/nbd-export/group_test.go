@@ -34,7 +34,10 @@ func newGroupPair(t testing.TB, n int, log *zap.Logger) groupPair {
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	var pair groupPair
 	for side := range pair {
-		d := newDaemon(daemonOptions{control: filepath.Join(dir, fmt.Sprintf("%d.ctl", side)), dirty: 32 << 20}, log)
+		d, err := newDaemon(daemonOptions{control: filepath.Join(dir, fmt.Sprintf("%d.ctl", side)), dirty: 32 << 20, engine: "portable"}, log)
+		if err != nil {
+			t.Fatal(err)
+		}
 		if err := d.listen(); err != nil {
 			t.Fatal(err)
 		}

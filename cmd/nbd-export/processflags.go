@@ -15,12 +15,14 @@ import (
 type processFlags struct {
 	control, pidFile    string
 	memory, dirty       bench.Size
+	engine              *choice
 	logLevel, logFormat *choice
 }
 
 func newProcessFlags() *processFlags {
 	return &processFlags{
 		memory: 256 << 20, dirty: 32 << 20,
+		engine:    choose("auto", "portable", "uring"),
 		logLevel:  choose("info", "debug", "warn", "error"),
 		logFormat: choose("console", "json"),
 	}
@@ -40,6 +42,7 @@ func (p *processFlags) addRest(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.Var(&p.memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
 	f.Var(&p.dirty, "handover-dirty", "slow writers, while inactivation syncs ahead, until at most `SIZE` is left to write")
+	p.engine.addTo(cmd, "engine", "", "what waits for the disk: io_uring or, portable, threads")
 	p.logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
 	p.logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
 }
@@ -53,7 +56,7 @@ func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger
 		return nil, usageError{fmt.Errorf("%s: --memory %s is too little; give at least 1M", cmd.Name(), p.memory.String())}
 	}
 	d.control, d.pidFile = p.control, p.pidFile
-	d.memory, d.dirty = int64(p.memory), int64(p.dirty)
+	d.memory, d.dirty, d.engine = int64(p.memory), int64(p.dirty), p.engine.value
 	log, err := control.NewLogger(control.NewLines(os.Stderr), p.logLevel.value, p.logFormat.value)
 	if err != nil {
 		return nil, usageError{err}
