@@ -103,6 +103,9 @@ func (h *handoverReport) markdown() string {
 	h.writeGroup(&s)
 	s.WriteString("\n")
 	h.writeFailures(&s)
+	if h.Time >= enoughHandovers && strings.Contains(s.String(), "**missed**") {
+		s.WriteString(handoverCauses + "\n")
+	}
 	h.writeMethod(&s)
 	s.WriteString(handoverEnd)
 	return s.String()
