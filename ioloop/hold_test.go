@@ -64,9 +64,8 @@ func TestHeldRunInOrder(t *testing.T) {
 	if s := r.d.Stats(); s.HeldBytes != bytesHeld || s.Writes != 0 {
 		t.Errorf("%+v, want %d bytes held", s, bytesHeld)
 	}
-	if wanted.Load() != int64(len(cookies)) {
-		t.Errorf("wanted %d times", wanted.Load())
-	}
+	// It is told after it is counted.
+	eventually(t, "each has told that it wants the image", func() bool { return wanted.Load() == int64(len(cookies)) })
 	if what, _ := c.conn.oldest(); what != "" {
 		t.Errorf("a drain would blame %s, which waits for it", what)
 	}
