@@ -296,8 +296,24 @@ func descriptors(t testing.TB, path string) (all, writable int) {
 	return all, writable
 }
 
-// procLocks lists the locks on path as "OFDLCK ADVISORY READ 100", from /proc/locks.
+// procLocks lists the locks on path as "OFDLCK ADVISORY READ 100", from
+// /proc/locks. That is read in pieces, between which locks of others come and
+// go, and ours are skipped or told twice: so it is read until it says the same
+// twice running.
 func procLocks(t testing.TB, path string) []string {
+	t.Helper()
+	last := procLocksOnce(t, path)
+	for range 100 {
+		now := procLocksOnce(t, path)
+		if slices.Equal(now, last) {
+			break
+		}
+		last = now
+	}
+	return last
+}
+
+func procLocksOnce(t testing.TB, path string) []string {
 	t.Helper()
 	st := statOf(t, path)
 	id := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
