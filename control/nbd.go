@@ -81,6 +81,7 @@ func (n *NBD) Start(opt NBDOptions, ls ...net.Listener) error {
 	}
 	n.server, n.reserved = server, false
 	for _, l := range ls {
+		server.Own(l)
 		go func() {
 			if err := server.Serve(l); !errors.Is(err, export.ErrServerClosed) {
 				opt.Failed(fmt.Errorf("cannot accept connections on %s: %w", l.Addr(), err))

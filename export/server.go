@@ -105,6 +105,21 @@ func mostConnections() int {
 	return max(n-max(n/4, 32), 1)
 }
 
+// Own has Refuse close l from now on, as it does once Serve has it: for who
+// calls Serve on a goroutine of its own, which may get to run only after the
+// server was stopped. Until then l would still take connections, and its
+// address.
+func (s *Server) Own(l net.Listener) {
+	s.init()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping {
+		_ = l.Close()
+		return
+	}
+	s.listeners[l] = struct{}{}
+}
+
 // Serve accepts connections of l until the server is shut down, which closes
 // l and makes it return ErrServerClosed, or until l fails for good. It may be
 // called for several listeners at once.

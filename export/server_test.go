@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -561,4 +562,34 @@ func (o *optionsOf) Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk) error {
 	}
 	o.entered <- got
 	return o.waiting.Serve(nc, c, d)
+}
+
+// A server that is stopped before its listener's goroutine has begun leaves
+// nothing behind.
+func TestOwnBeforeServe(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "nbd")
+	for range 2 {
+		l, err := ListenUnix(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := &Server{Exports: new(Exports)}
+		s.Own(l)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Serve(l); !errors.Is(err, ErrServerClosed) {
+			t.Errorf("served after all: %v", err)
+		}
+	}
+	l, err := ListenUnix(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Server{Exports: new(Exports)}
+	s.Refuse()
+	s.Own(l)
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("still there: %v", err)
+	}
 }
