@@ -237,7 +237,7 @@ func (c *session) execute(v any) (a answer, last bool) {
 		a.Return, err = cmd.run(c, checked)
 	}
 	if err != nil {
-		a.Error = asError(err)
+		a.Return, a.Error = nil, asError(err) // never both
 		return a, false
 	}
 	if a.Return == nil {
