@@ -39,6 +39,7 @@ type File struct {
 
 	ranges ranges
 	syncer syncer
+	pages  pageMap
 
 	noPunch, noZeroRange, noDsync atomic.Bool // found not supported
 
@@ -60,6 +61,7 @@ func inodeOf(st *unix.Stat_t) inode {
 // openHow says how a description is opened.
 type openHow struct {
 	write, direct bool
+	pages         bool // for an owner: see pageMap
 	faults        faults
 }
 
@@ -151,6 +153,8 @@ func newFile(fd int, path string, how openHow) (f *File, err error) {
 	if err := f.findTraits(&st, how.direct); err != nil {
 		return f, err
 	}
+	t := &f.traits
+	f.pages.wanted = how.pages && !t.Direct && (t.coherent || t.BlockDevice)
 	return f, f.load()
 }
 
@@ -215,10 +219,13 @@ func (f *File) Traits() Traits { return f.traits }
 // Writable reports whether the file is open for writing.
 func (f *File) Writable() bool { return f.writable }
 
-// Close unlocks and closes the descriptors. It writes nothing. Nothing may use
-// the file any more.
+// Close unlocks and closes the descriptors, and the map. It writes nothing.
+// Nothing may use the file any more.
 func (f *File) Close() error {
-	var errs [2]error
+	var errs [3]error
+	if err := f.unmapPages(); err != nil {
+		errs[2] = f.fail("munmap", err)
+	}
 	for i, fd := range [...]*int{&f.tailFd, &f.fd} {
 		if *fd < 0 {
 			continue

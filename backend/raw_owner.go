@@ -49,6 +49,7 @@ func (r *Raw) noteLocks(f *File) {
 // sync itself does not look at ctx.
 func (r *Raw) SyncAhead(ctx context.Context) error {
 	v := r.cur.Load()
+	v.file.trimPages()
 	if err := ctx.Err(); err != nil || !v.file.writable {
 		return err
 	}
@@ -197,7 +198,9 @@ func (r *Raw) Acquire() (err error) {
 	if r.next != nil {
 		return r.fail("activate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
 	}
-	f, err := openFile(r.opts.Path, r.how(!r.opts.ReadOnly))
+	how := r.how(!r.opts.ReadOnly)
+	how.pages = true
+	f, err := openFile(r.opts.Path, how)
 	if isErrno(err, unix.ENOENT) {
 		return r.removed()
 	}
