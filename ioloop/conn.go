@@ -96,6 +96,9 @@ type conn struct {
 	since  state.Arrival // of req, from admit
 	plan   backend.Plan
 	batch  batch
+	gaps   []gap        // of the reply buffer
+	pinned []pinnedRead // the first pins of them have gaps
+	pins   int
 
 	ring     *Uring  // nil in the portable engine
 	prepared []*task // for the ring, not yet submitted

@@ -144,12 +144,16 @@ func (e *Engine) Memory() (used, limit int64) {
 // leaves, the stream breaks, or the engine shuts down; it closes nc. The error
 // is nil if the connection ended in order.
 func (e *Engine) Serve(nc net.Conn, codec Codec, d *Disk) error {
-	c := newConn(e, nc, codec, d)
+	return e.serve(newConn(e, nc, codec, d))
+}
+
+func (e *Engine) serve(c *conn) error {
+	d := c.disk
 	e.mu.Lock()
 	if e.shut {
 		e.mu.Unlock()
 		c.lane.Close()
-		return nc.Close()
+		return c.nc.Close()
 	}
 	e.conns[c] = struct{}{}
 	e.mu.Unlock()

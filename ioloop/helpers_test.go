@@ -512,11 +512,18 @@ type client struct {
 func (r *rig) connect(codec *testCodec) *client { return r.connectOver(codec, socketpair) }
 
 func (r *rig) connectOver(codec *testCodec, link func(testing.TB) (a, b net.Conn)) *client {
+	return r.connectWith(codec, link, func(*conn) {})
+}
+
+// connectWith changes the connection before it is served.
+func (r *rig) connectWith(codec *testCodec, link func(testing.TB) (a, b net.Conn), change func(*conn)) *client {
 	r.t.Helper()
 	a, b := link(r.t)
 	c := &client{r: r, t: r.t, nc: a, br: bufio.NewReaderSize(a, 256<<10), served: make(chan error, 1)}
+	conn := newConn(r.e, b, codec, r.d)
+	change(conn)
 	go func() {
-		c.served <- r.e.Serve(b, codec, r.d)
+		c.served <- r.e.serve(conn)
 		close(c.served)
 	}()
 	eventually(r.t, "the connection is served", func() bool { c.conn = r.connOf(b); return c.conn != nil })

@@ -36,6 +36,9 @@ func (c *conn) read(r *Request) error {
 	if r.Length > inlineRead {
 		return c.readLarge(r)
 	}
+	if len(c.gaps) == maxGaps {
+		c.flush()
+	}
 	dst := c.space(MaxHeader + int(r.Length))
 	n, err := c.tryRead(dst, r)
 	switch err {
@@ -57,24 +60,36 @@ func (c *conn) read(r *Request) error {
 }
 
 // tryRead appends the whole reply to dst, or fails with ErrWait if any of it
-// is not in memory. It returns the new length of dst.
+// is not in memory. It returns the new length of dst. If that has gaps the
+// read stays admitted, as the next of the pinned ones.
 func (c *conn) tryRead(dst []byte, r *Request) (int, error) {
-	defer c.lane.LeaveRead(c.lane.EnterRead())
+	k := c.pin()
+	k.generation = c.lane.EnterRead()
 	if c.lane.Stopping() {
+		c.lane.LeaveRead(k.generation)
 		return 0, state.ErrStopping
 	}
 	img := c.disk.Image
-	if err := checkRange(img, r); err != nil {
+	err := checkRange(img, r)
+	if err == nil {
+		err = img.Map(&k.plan, r.Offset, r.Length, 0)
+	}
+	if err != nil {
+		c.lane.LeaveRead(k.generation)
 		return 0, err
 	}
-	if err := img.Map(&c.plan, r.Offset, r.Length, 0); err != nil {
-		return 0, err
-	}
+	gaps := len(c.gaps)
+	k.from = len(dst)
 	dst = c.codec.AppendData(dst, r, 0, r.Length, true)
 	start := len(dst)
 	dst = dst[: start+int(r.Length) : cap(dst)]
-	err := fetch(img, &c.plan, dst[start:], true)
-	img.Unmap(&c.plan)
+	if err = c.gather(&k.plan, dst, start); len(c.gaps) > gaps {
+		k.req, k.to = *r, len(dst)
+		c.pins++
+		return len(dst), nil
+	}
+	img.Unmap(&k.plan)
+	c.lane.LeaveRead(k.generation)
 	return len(dst), err
 }
 
@@ -110,10 +125,15 @@ func fetch(img backend.Image, p *backend.Plan, dst []byte, now bool) error {
 
 // readLarge is read for what would fill the reply buffer.
 func (c *conn) readLarge(r *Request) error {
-	t, ok := c.newTask(r, r.Length)
+	t, ok := c.lendTask(r, r.Length)
 	if !ok {
 		return errGone
 	}
+	c.flush()
+	if c.sendByReference(t) {
+		return nil
+	}
+	t.buf = c.e.buffers.get(r.Length)
 	if r.Length > inlineLarge {
 		c.start(t)
 		return nil

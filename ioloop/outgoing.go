@@ -22,6 +22,7 @@ type segment struct {
 // else before its system call has returned.
 type outgoing struct {
 	t      transport
+	pages  pageSender    // t, if it can
 	broken chan struct{} // closed by fail
 
 	mu      sync.Mutex // leaf
@@ -39,6 +40,7 @@ type outgoing struct {
 
 func (o *outgoing) init(t transport) {
 	o.t, o.broken, o.writer = t, make(chan struct{}), o.write
+	o.pages, _ = t.(pageSender)
 }
 
 // sendOwn sends seg for the receiving goroutine, which may reuse it if the
@@ -70,11 +72,36 @@ func (o *outgoing) sendOwn(seg segment) bool {
 		return true
 	}
 	seg.b = seg.b[n:]
-	o.mu.Lock()
-	o.queue = slices.Insert(o.queue, 0, seg) // before what others have queued
-	o.mu.Unlock()
+	o.precede(seg)
 	go o.writer()
 	return false
+}
+
+// precede puts what is left of what the caller, the sender, has begun to send
+// before what others have queued.
+func (o *outgoing) precede(segs ...segment) {
+	o.mu.Lock()
+	o.queue = slices.Insert(o.queue, 0, segs...)
+	o.mu.Unlock()
+}
+
+// sendPages sends what the socket takes of segs, total bytes in all, without
+// waiting for it. The caller is the sender. It returns how much was sent: all,
+// if the connection is broken; less also if there are pages that cannot be
+// read.
+func (o *outgoing) sendPages(segs [][]byte, total int) int {
+	n, err := o.pages.sendPages(segs)
+	if err != nil && err != errAgain && err != errFault {
+		o.fail(err)
+		return total
+	}
+	return n
+}
+
+// resume is precede and pump.
+func (o *outgoing) resume(segs ...segment) {
+	o.precede(segs...)
+	o.pump()
 }
 
 // enqueue hands segments over. It never waits for the client.

@@ -18,15 +18,40 @@ type batch struct {
 func (c *conn) flush() {
 	c.submit()
 	c.batch.addTo(&c.disk.counts)
-	if c.filled == 0 {
+	if len(c.gaps) == 0 {
+		c.sendReply(0, false)
+		return
+	}
+	sent, sender := 0, c.out.hold()
+	if sender {
+		sent = c.sendGaps()
+	}
+	reads := c.fillGaps(sent)
+	c.sendReply(sent, sender)
+	if c.answerFailed(reads); c.filled > 0 {
+		c.flush()
+	}
+}
+
+// sendReply sends the reply buffer, of which sent bytes are sent, or queues it.
+// sender says that the caller is the sender, which ends.
+func (c *conn) sendReply(sent int, sender bool) {
+	if sent >= c.filled {
+		c.filled = 0
+		if sender {
+			c.out.pump()
+		}
 		return
 	}
 	t := taskOf(c, c.reply)
-	seg := segment{b: c.reply.raw[:c.filled], task: t}
+	seg := segment{b: c.reply.raw[sent:c.filled], task: t}
 	c.filled = 0
 	c.held.Add(t.lease.n)
 	c.unsent.Add(1)
-	if c.out.sendOwn(seg) {
+	switch {
+	case sender:
+		c.out.resume(seg)
+	case c.out.sendOwn(seg):
 		c.held.Add(-t.lease.n)
 		c.unsent.Add(-1)
 		t.buf = nil

@@ -43,6 +43,15 @@ const taskCost = 1 << 10
 // for memory if it must; false if the connection ended meanwhile. The caller
 // holds no admission and no other task.
 func (c *conn) newTask(r *Request, n int64) (*task, bool) {
+	t, ok := c.lendTask(r, n)
+	if ok && n > 0 {
+		t.buf = c.e.buffers.get(n)
+	}
+	return t, ok
+}
+
+// lendTask is newTask for who takes the buffer when it is needed.
+func (c *conn) lendTask(r *Request, n int64) (*task, bool) {
 	cost := int64(taskCost)
 	if n > 0 {
 		cost += bufferCost(classOf(n))
@@ -56,9 +65,6 @@ func (c *conn) newTask(r *Request, n int64) (*task, bool) {
 	}
 	t := tasks.Get().(*task)
 	t.conn, t.req, t.lease = c, *r, l
-	if n > 0 {
-		t.buf = c.e.buffers.get(n)
-	}
 	return t, true
 }
 
@@ -453,38 +459,25 @@ func (t *task) sendHead(head []byte) {
 // sendData sends a read's reply: in one piece, or with its holes told apart.
 func (t *task) sendData() {
 	c, r := t.conn, &t.req
-	holes := false
-	if c.codec.Chunked(r) {
-		for i := range t.plan.Extents {
-			holes = holes || t.plan.Extents[i].Kind == backend.Zero
-		}
-	}
-	if !holes {
+	if !t.hasHoles() {
 		t.heads = c.codec.AppendData(t.heads[:0], r, 0, r.Length, true)
 		c.out.enqueue(segment{t.buf.framed(t.heads, r.Length), t})
 		return
 	}
-	need := MaxHeader * len(t.plan.Extents)
-	if cap(t.heads) < need {
-		t.heads = make([]byte, 0, need)
+	t.lay(false)
+	t.segs[len(t.segs)-1].task = t
+	c.out.enqueue(t.segs...)
+}
+
+// hasHoles reports whether the reply to a read tells its holes.
+func (t *task) hasHoles() bool {
+	if !t.conn.codec.Chunked(&t.req) {
+		return false
 	}
-	data := t.buf.payload(r.Length)
-	heads, segs := t.heads[:0], t.segs[:0]
-	var off int64
 	for i := range t.plan.Extents {
-		e := &t.plan.Extents[i]
-		last := i == len(t.plan.Extents)-1
-		from := len(heads)
-		if e.Kind == backend.Zero {
-			heads = c.codec.AppendHole(heads, r, off, e.Length, last)
-			segs = append(segs, segment{b: heads[from:]})
-		} else {
-			heads = c.codec.AppendData(heads, r, off, e.Length, last)
-			segs = append(segs, segment{b: heads[from:]}, segment{b: data[off : off+e.Length]})
+		if t.plan.Extents[i].Kind == backend.Zero {
+			return true
 		}
-		off += e.Length
 	}
-	t.heads, t.segs = heads, segs
-	segs[len(segs)-1].task = t
-	c.out.enqueue(segs...)
+	return false
 }

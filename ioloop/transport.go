@@ -35,6 +35,16 @@ type transport interface {
 	close() error
 }
 
+// pageSender is a transport that can send pages of files: see backend.File.Pages.
+type pageSender interface {
+	// sendPages is trySend, but errFault if the first byte to send is in a
+	// page that cannot be read. It may wait for a disk.
+	sendPages(segs [][]byte) (int, error)
+}
+
+// errFault: see pageSender.
+const errFault = unix.EFAULT
+
 func newTransport(nc net.Conn) transport {
 	if sc, ok := nc.(syscall.Conn); ok {
 		if rc, err := sc.SyscallConn(); err == nil {
@@ -61,12 +71,13 @@ type socket struct {
 		fn   func(fd uintptr) bool
 	}
 	out struct {
-		msg  unix.Msghdr
-		iov  [maxSegments]unix.Iovec
-		wait bool
-		n    int
-		err  error
-		fn   func(fd uintptr) bool
+		msg   unix.Msghdr
+		iov   [maxSegments]unix.Iovec
+		wait  bool // for the socket
+		pages bool
+		n     int
+		err   error
+		fn    func(fd uintptr) bool
 	}
 }
 
@@ -118,10 +129,11 @@ func (s *socket) recvOnce(fd uintptr) bool {
 	}
 }
 
-func (s *socket) trySend(segs [][]byte) (int, error) { return s.transmit(segs, false) }
-func (s *socket) send(segs [][]byte) (int, error)    { return s.transmit(segs, true) }
+func (s *socket) trySend(segs [][]byte) (int, error)   { return s.transmit(segs, false, false) }
+func (s *socket) send(segs [][]byte) (int, error)      { return s.transmit(segs, true, false) }
+func (s *socket) sendPages(segs [][]byte) (int, error) { return s.transmit(segs, false, true) }
 
-func (s *socket) transmit(segs [][]byte, wait bool) (int, error) {
+func (s *socket) transmit(segs [][]byte, wait, pages bool) (int, error) {
 	o := &s.out
 	n := min(len(segs), maxSegments)
 	for i, seg := range segs[:n] {
@@ -130,7 +142,7 @@ func (s *socket) transmit(segs [][]byte, wait bool) (int, error) {
 	}
 	o.msg.Iov = &o.iov[0]
 	o.msg.SetIovlen(n)
-	o.wait, o.n, o.err = wait, 0, nil
+	o.wait, o.pages, o.n, o.err = wait, pages, 0, nil
 	err := s.rc.Write(o.fn)
 	runtime.KeepAlive(segs)
 	clear(o.iov[:n]) // hold on to no buffer
@@ -143,7 +155,11 @@ func (s *socket) transmit(segs [][]byte, wait bool) (int, error) {
 func (s *socket) sendOnce(fd uintptr) bool {
 	o := &s.out
 	for {
-		n, _, errno := syscall.RawSyscall(unix.SYS_SENDMSG, fd,
+		call := syscall.RawSyscall
+		if o.pages { // they may be gone to the disk, or more than is copied in no time
+			call = syscall.Syscall
+		}
+		n, _, errno := call(unix.SYS_SENDMSG, fd,
 			uintptr(unsafe.Pointer(&o.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
 		switch errno {
 		case 0:
