@@ -39,6 +39,17 @@ type Plan struct {
 	Extents []Extent
 	// Pin is the format's own: what Unmap, Commit and Abort need.
 	Pin any
+
+	// view is whose extents these are, which may no longer be the current one
+	// when the request ends; nil while nothing is planned.
+	view *view
+}
+
+// take ends what view says.
+func (p *Plan) take() *view {
+	v := p.view
+	p.view = nil // a plan that rests must not keep it in memory
+	return v
 }
 
 // Mode says what Map and Prepare may do.

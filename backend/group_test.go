@@ -18,7 +18,7 @@ import (
 // made to fail from a step of a transition on.
 type groupOf struct {
 	t        *testing.T
-	images   [3]*Raw
+	images   [3]*Owned
 	machines [3]*state.Machine
 	failing  [3]*failing
 	// The call of image at fails with err from step on until the next.

@@ -39,7 +39,7 @@ type ownership interface {
 	Close() error
 }
 
-var _ ownership = (*Raw)(nil)
+var _ ownership = (*Owned)(nil)
 
 // onEach runs fn in a directory of the disk and in one of tmpfs.
 func onEach(t *testing.T, fn func(t *testing.T, dir string)) {
@@ -95,7 +95,7 @@ func openTest(t testing.TB, path string, how openHow) *File {
 	return f
 }
 
-func openImage(t testing.TB, o Options, h faults) *Raw {
+func openImage(t testing.TB, o Options, h faults) *Owned {
 	t.Helper()
 	if o.Format == "" {
 		o.Format = "raw"
@@ -112,7 +112,7 @@ func openImage(t testing.TB, o Options, h faults) *Raw {
 	return r
 }
 
-func activate(r *Raw, ifUnchanged bool) error {
+func activate(r *Owned, ifUnchanged bool) error {
 	if err := r.Acquire(); err != nil {
 		return err
 	}
@@ -129,7 +129,7 @@ func activate(r *Raw, ifUnchanged bool) error {
 	return nil
 }
 
-func inactivate(r *Raw) error {
+func inactivate(r *Owned) error {
 	if err := r.SyncAhead(context.Background()); err != nil {
 		return err
 	}
@@ -141,7 +141,7 @@ func inactivate(r *Raw) error {
 }
 
 // write does what the ioloop does.
-func write(r *Raw, off int64, b []byte, durable bool) error {
+func write(r *Owned, off int64, b []byte, durable bool) error {
 	var p Plan
 	if err := r.Prepare(&p, off, b, MayBlock); err != nil {
 		return err
@@ -163,7 +163,7 @@ func write(r *Raw, off int64, b []byte, durable bool) error {
 	return r.Commit(&p)
 }
 
-func read(r *Raw, off int64, b []byte) error {
+func read(r *Owned, off int64, b []byte) error {
 	var p Plan
 	mode := FindHoles
 	err := r.Map(&p, off, int64(len(b)), mode)

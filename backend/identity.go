@@ -37,24 +37,24 @@ type Identity struct {
 // activation could open it for writing, without doing so: while it is inactive
 // this process has no descriptor that could write, not even for a moment. It
 // may be called at any time, and blocks for as long as the storage does.
-func (r *Raw) Identify() Identity {
-	v := r.cur.Load()
+func (o *Owned) Identify() Identity {
+	v := o.cur.Load()
 	id := Identity{
-		BootID: thisProcess().BootID, Dev: r.id.dev, Ino: r.id.ino, Size: v.size,
-		Record: r.RecordPlace(), Lags: !v.file.traits.coherent && !v.file.traits.Tmpfs,
+		BootID: thisProcess().BootID, Dev: o.id.dev, Ino: o.id.ino, Size: v.Size(),
+		Record: o.RecordPlace(), Lags: !v.file.traits.coherent && !v.file.traits.Tmpfs,
 	}
 	if !v.active {
-		id.Size, id.OpenErr = r.tryOpen(v.size)
-		if !r.opts.ReadOnly {
+		id.Size, id.OpenErr = o.tryOpen(v.Size())
+		if !o.opts.ReadOnly {
 			// Where its next activation looks for it.
-			id.Record = placeRecord(r.opts.Path, r.opts.OwnerRecord, v.file.traits.BlockDevice)
+			id.Record = placeRecord(o.opts.Path, o.opts.OwnerRecord, v.file.traits.BlockDevice)
 		}
 	}
 	if path := id.Record.Path; path != "" {
 		if id.Lags {
 			lookAgain(filepath.Dir(path))
 		}
-		rec, _, err := readRecord(path, r.faults)
+		rec, _, err := readRecord(path, o.faults)
 		id.RecordErr = err
 		if rec != nil {
 			id.Epoch, id.Since, id.Nonce = rec.Epoch, rec.Since, rec.Nonce
@@ -66,25 +66,31 @@ func (r *Raw) Identify() Identity {
 // tryOpen opens the image as Acquire does, but for reading, and asks whether
 // it could be written. It returns the image's size, or that given if it cannot
 // be had.
-func (r *Raw) tryOpen(size int64) (int64, error) {
-	f, err := openFile(r.opts.Path, r.how(false))
+func (o *Owned) tryOpen(size int64) (int64, error) {
+	f, err := openFile(o.opts.Path, o.how(false))
 	if isErrno(err, unix.ENOENT) {
-		return size, r.removed()
+		return size, o.removed()
 	}
 	if err != nil {
 		return size, err
 	}
-	same, size := f.id == r.id, f.size
-	if err := f.Close(); err != nil {
+	err = o.replaced()
+	if f.id == o.id {
+		var now int64
+		if now, err = o.format.check(f); err == nil {
+			size = now
+		}
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err != nil {
 		return size, err
 	}
-	if !same {
-		return size, r.replaced()
-	}
-	if !r.opts.ReadOnly {
-		err := retry(func() error { return unix.Faccessat(unix.AT_FDCWD, r.opts.Path, unix.W_OK, unix.AT_EACCESS) })
+	if !o.opts.ReadOnly {
+		err := retry(func() error { return unix.Faccessat(unix.AT_FDCWD, o.opts.Path, unix.W_OK, unix.AT_EACCESS) })
 		if err != nil {
-			return size, openError(r.opts.Path, r.how(true), err)
+			return size, openError(o.opts.Path, o.how(true), err)
 		}
 	}
 	return size, nil
@@ -104,7 +110,7 @@ func lookAgain(dir string) {
 // false, without an error, where this process is not the owner or keeps no
 // record. An error is a *FencedError where the record names another owner. It
 // may be called at any time, and blocks for as long as the storage does.
-func (r *Raw) Note(nonce string) (noted bool, err error) { return r.record.note(nonce) }
+func (o *Owned) Note(nonce string) (noted bool, err error) { return o.record.note(nonce) }
 
 func (o *ownerRecord) note(nonce string) (bool, error) {
 	o.mu.Lock() // the locks do not go while it is held and there is a claim

@@ -103,9 +103,9 @@ func (o *Options) settle() error {
 // Open opens the image inactive: for reading only, without locks, changing
 // nothing. It may block for as long as the storage does. Errors wrap a
 // syscall.Errno and say what to do.
-func Open(o Options) (*Raw, error) { return open(o, nil) }
+func Open(o Options) (*Owned, error) { return open(o, nil) }
 
-func open(o Options, h faults) (*Raw, error) {
+func open(o Options, h faults) (*Owned, error) {
 	if err := o.settle(); err != nil {
 		return nil, err
 	}
@@ -121,7 +121,15 @@ func open(o Options, h faults) (*Raw, error) {
 	if o.Locking == LockingOff && !o.ReadOnly {
 		o.Warn(fmt.Sprintf("locking of %s is off: nothing but your own care keeps a second writer away", f.path))
 	}
-	return newRaw(f, o, probed, h), nil
+	image := newOwned(f, o, h)
+	image.format, image.info.Format = &rawFormat{image: image, guard: guard{on: probed}}, "raw"
+	v, err := image.format.open(f, nil)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	image.cur.Store(v)
+	return image, nil
 }
 
 // checkFormat refuses what is not to be served as raw. probed says that raw

@@ -6,6 +6,6 @@ package backend
 // system call on the image's files and on its owner record, by any goroutine:
 // an error is returned in the call's stead, and a smaller n makes a transfer
 // of n bytes at off short. call is the name of a sysop.
-func OpenHooked(o Options, fault func(call string, off int64, n int) (int, error)) (*Raw, error) {
+func OpenHooked(o Options, fault func(call string, off int64, n int) (int, error)) (*Owned, error) {
 	return open(o, func(op sysop, off int64, n int) (int, error) { return fault(op.String(), off, n) })
 }

@@ -97,7 +97,7 @@ func TestOpenProbed(t *testing.T) {
 	r, err := Open(Options{Path: writeFile(t, t.TempDir(), make([]byte, 100)), Warn: func(s string) { warned = append(warned, s) }})
 	must(t, err)
 	defer r.Close()
-	if len(warned) != 1 || !strings.Contains(warned[0], "-f raw") || !r.guard.on {
+	if len(warned) != 1 || !strings.Contains(warned[0], "-f raw") || !r.format.(*rawFormat).guard.on {
 		t.Errorf("%q", warned)
 	}
 }

@@ -156,14 +156,14 @@ func TestRecordLife(t *testing.T) {
 func TestRecordAtTheEnd(t *testing.T) {
 	for _, c := range []struct {
 		name  string
-		end   func(r *Raw) error
+		end   func(r *Owned) error
 		clean bool
 	}{
 		{"inactivate", inactivate, true},
-		{"stop", func(r *Raw) error { return errors.Join(r.Settle(), r.Close()) }, true},
-		{"stop, not settled", (*Raw).Close, false},
-		{"taken back, then closed", func(r *Raw) error { return errors.Join(r.Settle(), r.Unsettle(), r.Close()) }, false},
-		{"abandon", func(r *Raw) error {
+		{"stop", func(r *Owned) error { return errors.Join(r.Settle(), r.Close()) }, true},
+		{"stop, not settled", (*Owned).Close, false},
+		{"taken back, then closed", func(r *Owned) error { return errors.Join(r.Settle(), r.Unsettle(), r.Close()) }, false},
+		{"abandon", func(r *Owned) error {
 			err := errors.Join(r.Settle(), r.Abandon())
 			r.PublishInactive()
 			return errors.Join(err, r.Release())

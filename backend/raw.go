@@ -2,44 +2,22 @@ package backend
 
 import (
 	"fmt"
-	"io/fs"
 	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
 
-// maxRequest is the largest request in bytes that is advertised.
-const maxRequest = 32 << 20
-
-// Raw is an image whose bytes are those of a regular file or block device. It
-// is an Image, and has the storage side of ownership (raw_owner.go).
-type Raw struct {
-	opts   Options // settled
-	info   Info
-	id     inode
-	scope  string
-	guard  guard
-	faults faults
-	record *ownerRecord
-
-	// cur is what requests use; it is loaded once for each.
-	cur  atomic.Pointer[view]
-	held atomic.Pointer[string] // LocksHeld
-
-	// The rest belongs to the one goroutine that changes ownership.
-	next   *view // acquired or settled, to be published
-	old    *view // published over, to be closed
-	print  *fingerprint
-	clean  bool // settled: what follows is the end of this ownership
-	warned bool // about the scope of locks
+// rawFormat is for images whose bytes are those of a regular file or block
+// device.
+type rawFormat struct {
+	image *Owned
+	guard guard
 }
 
-var _ Image = (*Raw)(nil)
-
-// view is an open file as requests see it. It does not change while it is
-// published, but for what is atomic.
-type view struct {
+// raw is the content of a raw image's view.
+type raw struct {
+	*rawFormat
 	file   *File
 	size   int64
 	active bool
@@ -47,97 +25,76 @@ type view struct {
 	full   *full       // where there are none; nil where asking never waits
 
 	measuring sync.Mutex // one measurement at a time reaches limit
-
-	// What Check has seen.
-	strange  atomic.Int32 // times in a row that another held byte 101
-	nameless atomic.Bool  // the path names something else; told
 }
 
-func newRaw(f *File, o Options, probed bool, h faults) *Raw {
-	t := f.Traits()
-	r := &Raw{
-		opts:   o,
-		id:     f.id,
-		faults: h,
-		info: Info{
-			Path:           o.Path,
-			Format:         "raw",
-			ReadOnly:       o.ReadOnly,
-			MinBlock:       1,
-			PreferredBlock: uint32(max(t.BlockSize, pageSize)),
-			MaxBlock:       maxRequest,
-			Rotational:     t.Rotational,
-			CanTrim:        t.trims,
-			CanFastZero:    t.fastZeros,
-			WriteThrough:   o.Cache == CacheWritethrough,
-		},
-		print: f.fingerprint(),
-	}
-	r.guard.on = probed
-	r.scope = scopeOff
-	if o.Locking != LockingOff {
-		r.scope = f.lockScope()
-	}
-	r.record = newOwnerRecord(o, t.BlockDevice, h, r.warnf)
-	r.noteLocks(nil)
-	r.cur.Store(newView(f, f.size, false))
-	return r
-}
+var (
+	_ format  = (*rawFormat)(nil)
+	_ content = (*raw)(nil)
+)
 
-func newView(f *File, size int64, active bool) *view {
-	v := &view{file: f, size: size, active: active}
+func (r *rawFormat) content(f *File, size int64, active bool) *raw {
+	c := &raw{rawFormat: r, file: f, size: size, active: active}
 	if t := f.Traits(); !t.Tmpfs && !t.BlockDevice {
-		v.full = newFull(size)
+		c.full = newFull(size)
 	}
 	if _, sparse, err := f.measure(); err == nil {
-		v.sparse.Store(sparse)
+		c.sparse.Store(sparse)
 	}
-	return v
+	return c
 }
 
-func (r *Raw) fail(op string, err error) error {
-	return &fs.PathError{Op: op, Path: r.opts.Path, Err: err}
-}
+// check implements format.
+func (r *rawFormat) check(f *File) (size int64, err error) { return f.size, nil }
 
-func (r *Raw) warnf(format string, args ...any) { r.opts.Warn(fmt.Sprintf(format, args...)) }
-
-// warn tells an error that stops nothing.
-func (r *Raw) warn(err error) {
-	if err != nil {
-		r.warnf("%v", err)
+// open implements format. The size stays what clients know.
+func (r *rawFormat) open(f *File, was *view) (*view, error) {
+	size := f.size
+	if was != nil {
+		size = was.Size()
 	}
+	return &view{file: f, content: r.content(f, size, false)}, nil
 }
 
-// Info implements Image.
-func (r *Raw) Info() Info { return r.info }
+// load implements format.
+func (r *rawFormat) load(f *File) (*view, error) {
+	if r.guard.on {
+		first, err := readFirst(f)
+		if err != nil {
+			return nil, err
+		}
+		if format := Probe(first); format != "" {
+			return nil, r.image.fail("activate", fmt.Errorf("the image was guessed to be raw and has become %s while inactive; restart nbd-export with -f: %w", format, unix.EOPNOTSUPP))
+		}
+	}
+	return &view{file: f, active: true, content: r.content(f, f.size, true)}, nil
+}
 
-// Size implements Image.
-func (r *Raw) Size() int64 { return r.cur.Load().size }
+// Size implements content.
+func (r *raw) Size() int64 { return r.size }
 
-// within reports whether a range lies inside the view.
-func (v *view) within(off, n int64) bool { return off >= 0 && n >= 0 && off <= v.size-n }
+// within reports whether a range lies inside the image.
+func (r *raw) within(off, n int64) bool { return off >= 0 && n >= 0 && off <= r.size-n }
 
-// Map implements Image. The extents are Data, and with FindHoles also Zero for
+// Map implements content. The extents are Data, and with FindHoles also Zero for
 // reads of 64 KiB and more. It fails only with ErrWait, or EIO past the end.
-func (r *Raw) Map(p *Plan, off, n int64, mode Mode) error {
-	v := r.cur.Load()
+func (r *raw) Map(p *Plan, off, n int64, mode Mode) error {
 	p.Extents, p.Pin = p.Extents[:0], nil
-	if !v.within(off, n) {
-		return r.fail("read", errPastEnd)
+	if !r.within(off, n) {
+		return r.image.fail("read", errPastEnd)
 	}
-	if mode&FindHoles == 0 || n < holeMin || !v.sparse.Load() {
-		p.Extents = append(p.Extents, Extent{Kind: Data, File: v.file, Offset: off, Length: n})
+	if mode&FindHoles == 0 || n < holeMin || !r.sparse.Load() {
+		p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n})
 		return nil
 	}
-	return v.findHoles(p, off, n, mode)
+	return r.findHoles(p, off, n, mode)
 }
 
 // findHoles asks the file system. That may wait for its metadata, except on
 // tmpfs.
-func (v *view) findHoles(p *Plan, off, n int64, mode Mode) error {
-	if v.full != nil {
-		if v.full.has(off, n) {
-			p.Extents = append(p.Extents, Extent{Kind: Data, File: v.file, Offset: off, Length: n})
+func (r *raw) findHoles(p *Plan, off, n int64, mode Mode) error {
+	if r.full != nil {
+		if r.full.has(off, n) {
+			p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n})
 			return nil
 		}
 		if mode&MayBlock == 0 {
@@ -147,13 +104,13 @@ func (v *view) findHoles(p *Plan, off, n int64, mode Mode) error {
 	for end := off + n; off < end; {
 		next, hole := end, false
 		if len(p.Extents) < maxHoles-1 {
-			next, hole = v.file.extent(off, end)
+			next, hole = r.file.extent(off, end)
 		}
-		e := Extent{Kind: Data, File: v.file, Offset: off, Length: next - off}
+		e := Extent{Kind: Data, File: r.file, Offset: off, Length: next - off}
 		if hole {
 			e = Extent{Kind: Zero, Length: next - off}
-		} else if v.full != nil && next-off >= v.full.chunk {
-			v.full.add(off, next)
+		} else if r.full != nil && next-off >= r.full.chunk {
+			r.full.add(off, next)
 		}
 		if k := len(p.Extents) - 1; k >= 0 && p.Extents[k].Kind == e.Kind {
 			p.Extents[k].Length += e.Length
@@ -165,57 +122,56 @@ func (v *view) findHoles(p *Plan, off, n int64, mode Mode) error {
 	return nil
 }
 
-// Unmap implements Image.
-func (r *Raw) Unmap(p *Plan) { p.Pin = nil }
+// Unmap implements content.
+func (r *raw) Unmap(p *Plan) { p.Pin = nil }
 
-// ReadOpaque implements Image; raw has nothing opaque.
-func (r *Raw) ReadOpaque(p *Plan, i int, skip int64, dst []byte) error {
-	return r.fail("read", unix.EINVAL)
+// ReadOpaque implements content; raw has nothing opaque.
+func (r *raw) ReadOpaque(p *Plan, i int, skip int64, dst []byte) error {
+	return r.image.fail("read", unix.EINVAL)
 }
 
 // writable checks a range that is about to be changed.
-func (r *Raw) writable(v *view, op string, off, n int64) error {
+func (r *raw) writable(op string, off, n int64) error {
 	switch {
-	case !v.active || !v.file.writable:
-		return r.fail(op, unix.EPERM)
-	case !v.within(off, n):
-		return r.fail(op, errPastEnd)
+	case !r.active || !r.file.writable:
+		return r.image.fail(op, unix.EPERM)
+	case !r.within(off, n):
+		return r.image.fail(op, errPastEnd)
 	}
-	return v.file.inside(op, off, n)
+	return r.file.inside(op, off, n)
 }
 
-// Prepare implements Image. The plan is one Data extent. A write to the first
+// Prepare implements content. The plan is one Data extent. A write to the first
 // 512 bytes of an image whose format was guessed needs MayBlock: it waits for
 // others of its kind, and gives EPERM if it would make the image look like
 // another format.
-func (r *Raw) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
-	v := r.cur.Load()
+func (r *raw) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	n := int64(len(payload))
 	p.Extents, p.Pin = p.Extents[:0], nil
-	if err := r.writable(v, "write", off, n); err != nil {
+	if err := r.writable("write", off, n); err != nil {
 		return err
 	}
 	if r.guard.touches(off) {
 		if mode&MayBlock == 0 {
 			return ErrWait
 		}
-		if err := r.guard.enter(v.file, off, payload, n); err != nil {
+		if err := r.guard.enter(r.file, off, payload, n); err != nil {
 			return err
 		}
 		p.Pin = &r.guard
 	}
-	p.Extents = append(p.Extents, Extent{Kind: Data, File: v.file, Offset: off, Length: n})
+	p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n})
 	return nil
 }
 
-// Commit implements Image.
-func (r *Raw) Commit(p *Plan) error {
+// Commit implements content.
+func (r *raw) Commit(p *Plan) error {
 	r.Abort(p)
 	return nil
 }
 
-// Abort implements Image.
-func (r *Raw) Abort(p *Plan) {
+// Abort implements content.
+func (r *raw) Abort(p *Plan) {
 	if p.Pin != nil {
 		r.guard.leave()
 	}
@@ -224,34 +180,30 @@ func (r *Raw) Abort(p *Plan) {
 
 // measure looks at the file's size: where it has shrunk, writes end at its new
 // end instead of growing it back. A size that cannot be had changes nothing.
-func (r *Raw) measure(v *view) {
-	v.measuring.Lock()
-	defer v.measuring.Unlock()
-	size, sparse, err := v.file.measure()
+func (r *raw) measure() {
+	r.measuring.Lock()
+	defer r.measuring.Unlock()
+	size, sparse, err := r.file.measure()
 	if err != nil {
 		return
 	}
-	v.sparse.Store(sparse)
-	limit := min(size, v.size)
-	if was := v.file.limit.Swap(limit); limit < was {
-		r.warnf("%s has shrunk to %d bytes while it is served as %d: reads and writes past its end fail", r.opts.Path, size, v.size)
+	r.sparse.Store(sparse)
+	limit := min(size, r.size)
+	if was := r.file.limit.Swap(limit); limit < was {
+		r.image.warnf("%s has shrunk to %d bytes while it is served as %d: reads and writes past its end fail", r.image.opts.Path, size, r.size)
 	}
 }
 
-// Flush implements Image. It also looks at the file's size.
-func (r *Raw) Flush() error {
-	v := r.cur.Load()
-	if !v.active || !v.file.writable {
-		return nil // nothing is dirty
-	}
-	r.measure(v)
-	return v.file.Sync()
-}
+// sync implements content.
+func (r *raw) sync() error { return r.file.Sync() }
 
-// Discard implements Image by punching a hole, and does nothing where that
+// settle implements content.
+func (r *raw) settle() error { return r.sync() }
+
+// Discard implements content by punching a hole, and does nothing where that
 // cannot be done, or is not wanted.
-func (r *Raw) Discard(off, n int64) error {
-	if r.opts.IgnoreDiscard {
+func (r *raw) Discard(off, n int64) error {
+	if r.image.opts.IgnoreDiscard {
 		return nil
 	}
 	return r.erase("discard", off, n, func(f *File) error {
@@ -263,54 +215,51 @@ func (r *Raw) Discard(off, n int64) error {
 	})
 }
 
-// Zero implements Image; see File.Zero.
-func (r *Raw) Zero(off, n int64, flags ZeroFlags) error {
-	if r.opts.IgnoreDiscard {
+// Zero implements content; see File.Zero.
+func (r *raw) Zero(off, n int64, flags ZeroFlags) error {
+	if r.image.opts.IgnoreDiscard {
 		flags |= NoHole
 	}
 	return r.erase("zero", off, n, func(f *File) error { return f.Zero(off, n, flags) })
 }
 
-func (r *Raw) erase(op string, off, n int64, do func(*File) error) error {
-	v := r.cur.Load()
-	if err := r.writable(v, op, off, n); err != nil {
+func (r *raw) erase(op string, off, n int64, do func(*File) error) error {
+	if err := r.writable(op, off, n); err != nil {
 		return err
 	}
 	if r.guard.touches(off) {
-		if err := r.guard.enter(v.file, off, nil, n); err != nil {
+		if err := r.guard.enter(r.file, off, nil, n); err != nil {
 			return err
 		}
 		defer r.guard.leave()
 	}
-	if err := do(v.file); err != nil {
+	if err := do(r.file); err != nil {
 		return err
 	}
-	v.sparse.Store(!v.file.traits.BlockDevice)
-	if v.full != nil {
-		v.full.remove(off, n)
+	r.sparse.Store(!r.file.traits.BlockDevice)
+	if r.full != nil {
+		r.full.remove(off, n)
 	}
 	return nil
 }
 
-// Cache implements Image.
-func (r *Raw) Cache(off, n int64) error {
-	v := r.cur.Load()
-	if !v.within(off, n) {
-		return r.fail("cache", errPastEnd)
+// Cache implements content.
+func (r *raw) Cache(off, n int64) error {
+	if !r.within(off, n) {
+		return r.image.fail("cache", errPastEnd)
 	}
-	return v.file.Readahead(off, n)
+	return r.file.Readahead(off, n)
 }
 
-// Status implements Image: what SEEK_DATA and SEEK_HOLE say, and nothing
+// Status implements content: what SEEK_DATA and SEEK_HOLE say, and nothing
 // special where they cannot tell, as on block devices.
-func (r *Raw) Status(dst []Status, off, n int64, max int) ([]Status, error) {
-	v := r.cur.Load()
-	if !v.within(off, n) {
-		return dst, r.fail("status", errPastEnd)
+func (r *raw) Status(dst []Status, off, n int64, max int) ([]Status, error) {
+	if !r.within(off, n) {
+		return dst, r.image.fail("status", errPastEnd)
 	}
 	first := len(dst)
 	for end := off + n; off < end; {
-		next, hole := v.file.extent(off, end)
+		next, hole := r.file.extent(off, end)
 		var flags StatusFlags
 		if hole {
 			flags = StatusHole | StatusZero

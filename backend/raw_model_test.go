@@ -34,7 +34,7 @@ func TestModel(t *testing.T) {
 			defer os.Remove(path)
 			shadow := pattern(int(size), 1)
 
-			var images [2]*Raw
+			var images [2]*Owned
 			for i := range images {
 				r, err := Open(Options{Path: path, Format: "raw", Cache: cache})
 				if cache == CacheNone && isErrno(err, unix.EINVAL) {
@@ -57,7 +57,7 @@ func TestModel(t *testing.T) {
 				off = rapid.Int64Range(0, size-1).Draw(rt, "off")
 				return off, rapid.Int64Range(1, size-off).Draw(rt, "n")
 			}
-			compare := func(rt *rapid.T, r *Raw, off, n int64) {
+			compare := func(rt *rapid.T, r *Owned, off, n int64) {
 				got := make([]byte, n)
 				if err := read(r, off, got); err != nil {
 					rt.Fatal(err)

@@ -8,7 +8,7 @@ type Ownership struct {
 	// it is not known what is locked.
 	RecordErr, LocksErr error
 	Locks               []int64 // bytes that somebody holds, in order
-	Scope               string  // as of Raw.LockScope
+	Scope               string  // as of Owned.LockScope
 }
 
 // Written reports whether somebody holds the locks of one who writes. Other

@@ -45,7 +45,7 @@ type Identity struct {
 	Lags bool `json:"lags,omitempty"`
 }
 
-// identifier is the part of an image that Identify needs; *backend.Raw is one.
+// identifier is the part of an image that Identify needs; *backend.Owned is one.
 type identifier interface {
 	Identify() backend.Identity
 	Note(nonce string) (bool, error)

@@ -289,7 +289,7 @@ type rig struct {
 	e    *Engine
 	d    *Disk
 	img  *hooked
-	raw  *backend.Raw
+	raw  *backend.Owned
 	m    *state.Machine
 	path string
 	size int64

@@ -9,7 +9,7 @@ import (
 
 // openImage opens an image. The second result adds the hooks of tests to a
 // machine's options; here there are none, see hooks_on.go.
-func openImage(o backend.Options) (*backend.Raw, func(state.Options) state.Options, error) {
+func openImage(o backend.Options) (*backend.Owned, func(state.Options) state.Options, error) {
 	img, err := backend.Open(o)
 	return img, noHooks, err
 }

@@ -58,7 +58,7 @@ type hookMessage struct {
 
 // openImage opens an image; the second result adds the hooks of the test that
 // asks for them to a machine's options.
-func openImage(o backend.Options) (*backend.Raw, func(state.Options) state.Options, error) {
+func openImage(o backend.Options) (*backend.Owned, func(state.Options) state.Options, error) {
 	path := os.Getenv("NBD_EXPORT_HOOKS")
 	if path == "" {
 		img, err := backend.Open(o)

@@ -20,40 +20,40 @@ import (
 const dropTries = 16 // in 0.1 s
 
 // Key orders the images of a group for locking: by device, then inode.
-func (r *Raw) Key() (dev, ino uint64) { return r.id.dev, r.id.ino }
+func (o *Owned) Key() (dev, ino uint64) { return o.id.dev, o.id.ino }
 
 // Name is the image's path as given, for messages.
-func (r *Raw) Name() string { return r.opts.Path }
+func (o *Owned) Name() string { return o.opts.Path }
 
 // LocksHeld lists the lock bytes held, as in "100,101,103,201,203", or says
 // "none". It may be called at any time.
-func (r *Raw) LocksHeld() string { return *r.held.Load() }
+func (o *Owned) LocksHeld() string { return *o.held.Load() }
 
 // LockScope says how far the image's locks reach: "cluster" (everybody who
 // can open it), "host-local" or "off". It may be called at any time.
-func (r *Raw) LockScope() string { return r.scope }
+func (o *Owned) LockScope() string { return o.scope }
 
 // RecordPlace says where the owner record is, or why there is none. It may be
 // called at any time.
-func (r *Raw) RecordPlace() RecordPlace { return *r.record.place.Load() }
+func (o *Owned) RecordPlace() RecordPlace { return *o.record.place.Load() }
 
-func (r *Raw) noteLocks(f *File) {
+func (o *Owned) noteLocks(f *File) {
 	s := "none"
 	if f != nil {
 		s = f.heldText()
 	}
-	r.held.Store(&s)
+	o.held.Store(&s)
 }
 
 // SyncAhead makes durable what there is while writes are still served. The
 // sync itself does not look at ctx.
-func (r *Raw) SyncAhead(ctx context.Context) error {
-	v := r.cur.Load()
+func (o *Owned) SyncAhead(ctx context.Context) error {
+	v := o.cur.Load()
 	v.file.trimPages()
-	if err := ctx.Err(); err != nil || !v.file.writable {
+	if err := ctx.Err(); err != nil || !v.writable() {
 		return err
 	}
-	if err := v.file.Sync(); err != nil {
+	if err := v.sync(); err != nil {
 		return err
 	}
 	return ctx.Err()
@@ -65,22 +65,22 @@ func (r *Raw) SyncAhead(ctx context.Context) error {
 // that satisfies SyncFailed means that it can never be handed over as clean,
 // a *FencedError that somebody else took it, and a *ViewError that all is
 // durable and only the opening failed.
-func (r *Raw) Settle() error {
-	if err := r.record.settled(); err != nil {
+func (o *Owned) Settle() error {
+	if err := o.record.settled(); err != nil {
 		return err
 	}
-	v := r.cur.Load()
-	if v.file.writable {
-		if err := v.file.Sync(); err != nil {
+	v := o.cur.Load()
+	if v.writable() {
+		if err := v.settle(); err != nil {
 			return err
 		}
 	}
-	next, err := r.openInactive(v)
+	next, err := o.openInactive(v)
 	if err != nil {
-		return &ViewError{Path: r.opts.Path, Err: err}
+		return &ViewError{Path: o.opts.Path, Err: err}
 	}
-	r.print = v.file.fingerprint()
-	r.next, r.clean = next, true
+	o.print = v.file.fingerprint()
+	o.next, o.clean = next, true
 	return nil
 }
 
@@ -100,36 +100,39 @@ func (e *ViewError) Unwrap() error { return e.Err }
 // Durable marks the error: nothing is lost.
 func (e *ViewError) Durable() bool { return true }
 
-// openInactive opens a view of the same inode for reading, without locks. Its
-// size stays that of v, which clients know.
-func (r *Raw) openInactive(v *view) (*view, error) {
-	if r.next != nil {
-		return nil, r.fail("inactivate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
+// openInactive opens a view of the same inode for reading, without locks.
+func (o *Owned) openInactive(v *view) (*view, error) {
+	if o.next != nil {
+		return nil, o.fail("inactivate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
 	}
-	f, err := v.file.reopen(r.how(false))
+	f, err := v.file.reopen(o.how(false))
 	if err != nil {
 		return nil, err
 	}
-	return newView(f, v.size, false), nil
+	next, err := o.format.open(f, v)
+	if err != nil {
+		f.Close()
+	}
+	return next, err
 }
 
-func (r *Raw) how(write bool) openHow {
-	return openHow{write: write, direct: r.opts.Cache == CacheNone, faults: r.faults}
+func (o *Owned) how(write bool) openHow {
+	return openHow{write: write, direct: o.opts.Cache == CacheNone, faults: o.faults}
 }
 
 // Unsettle undoes Settle: the image stays active. It cannot fail; what closing
 // the read-only description says goes to Warn.
-func (r *Raw) Unsettle() error {
-	r.clean = false
-	r.dropNext()
+func (o *Owned) Unsettle() error {
+	o.clean = false
+	o.dropNext()
 	return nil
 }
 
 // dropNext closes what was to be published, if there is any.
-func (r *Raw) dropNext() {
-	if v := r.next; v != nil {
-		r.next = nil
-		r.warn(v.file.Close())
+func (o *Owned) dropNext() {
+	if v := o.next; v != nil {
+		o.next = nil
+		o.warn(v.close())
 	}
 }
 
@@ -137,12 +140,12 @@ func (r *Raw) dropNext() {
 // where that is possible, and opens the read-only description. What was not
 // durable may be lost. PublishInactive and Release follow whatever it returns:
 // where the file cannot be opened, reads give EIO from then on.
-func (r *Raw) Abandon() error {
-	v := r.cur.Load()
-	r.dropNext()
-	next, err := r.openInactive(v)
+func (o *Owned) Abandon() error {
+	v := o.cur.Load()
+	o.dropNext()
+	next, err := o.openInactive(v)
 	if err != nil {
-		next = &view{file: deadFile(r.opts.Path, r.id), size: v.size}
+		next = o.deadView(v.Size())
 	}
 	if v.file.syncer.failed() != nil {
 		// Whatever comes of it: what is still dirty is to be written now, and
@@ -152,57 +155,57 @@ func (r *Raw) Abandon() error {
 	if e := v.file.fadvise(0, 0, unix.FADV_DONTNEED); e != nil {
 		err = errors.Join(err, v.file.fail("drop the page cache of", e))
 	}
-	r.print = nil
-	r.next, r.clean = next, false
+	o.print = nil
+	o.next, o.clean = next, false
 	return err
 }
 
 // PublishInactive makes requests use the read-only description that Settle or
 // Abandon opened. It cannot fail.
-func (r *Raw) PublishInactive() { r.publish() }
+func (o *Owned) PublishInactive() { o.publish() }
 
-func (r *Raw) publish() {
-	if r.next == nil || r.old != nil {
+func (o *Owned) publish() {
+	if o.next == nil || o.old != nil {
 		panic("backend: published out of order")
 	}
-	r.old, r.next = r.cur.Swap(r.next), nil
+	o.old, o.next = o.cur.Swap(o.next), nil
 }
 
 // Release is called when no request uses the view before the last
 // PublishInactive. It notes in the owner record that a settled image was let go
 // in order, and then closes every writable description, with which the locks
 // go. All happens whatever fails; an error is for the log.
-func (r *Raw) Release() error {
-	v := r.old
+func (o *Owned) Release() error {
+	v := o.old
 	if v == nil {
 		return nil
 	}
-	r.old = nil
-	err := errors.Join(r.endClaim(), v.file.Close())
-	r.noteLocks(nil)
+	o.old = nil
+	err := errors.Join(o.endClaim(), v.close())
+	o.noteLocks(nil)
 	return err
 }
 
 // endClaim is what the owner record learns when an ownership ends.
-func (r *Raw) endClaim() error {
-	clean := r.clean
-	r.clean = false
-	return r.record.release(clean)
+func (o *Owned) endClaim() error {
+	clean := o.clean
+	o.clean = false
+	return o.record.release(clean)
 }
 
 // Acquire opens the image anew, for writing unless it is read-only, locks that
 // description, and sees that the path still names the inode being served. On
 // failure nothing is held; the error is a *LockError if somebody else has the
 // image.
-func (r *Raw) Acquire() (err error) {
-	if r.next != nil {
-		return r.fail("activate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
+func (o *Owned) Acquire() (err error) {
+	if o.next != nil {
+		return o.fail("activate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
 	}
-	how := r.how(!r.opts.ReadOnly)
+	how := o.how(!o.opts.ReadOnly)
 	how.pages = true
-	f, err := openFile(r.opts.Path, how)
+	f, err := openFile(o.opts.Path, how)
 	if isErrno(err, unix.ENOENT) {
-		return r.removed()
+		return o.removed()
 	}
 	if err != nil {
 		return err
@@ -212,20 +215,20 @@ func (r *Raw) Acquire() (err error) {
 			f.Close()
 		}
 	}()
-	if f.id != r.id {
-		return r.replaced()
+	if f.id != o.id {
+		return o.replaced()
 	}
-	if r.dropsCache(f) {
+	if o.dropsCache(f) {
 		// In bulk ahead, so that little is left to drop under the locks.
 		f.fadvise(0, 0, unix.FADV_DONTNEED)
 	}
-	if r.opts.Locking != LockingOff {
+	if o.opts.Locking != LockingOff {
 		lock := f.LockActive
-		if r.opts.ReadOnly {
+		if o.opts.ReadOnly {
 			lock = f.LockReadOnly
 		}
 		err := lock()
-		for try := 0; try < lingerTries && r.lingers(err); try++ {
+		for try := 0; try < lingerTries && o.lingers(err); try++ {
 			time.Sleep(lingerPause)
 			f.unlock(f.fd)
 			f.unlock(f.tailFd)
@@ -234,29 +237,29 @@ func (r *Raw) Acquire() (err error) {
 		}
 		if err != nil {
 			if le, ok := errors.AsType[*LockError](err); ok {
-				le.Holder = r.record.holder()
+				le.Holder = o.record.holder()
 			}
 			return err
 		}
 		// Who replaces an image by renaming may have done so meanwhile.
 		var st unix.Stat_t
-		err = retry(func() error { return unix.Stat(r.opts.Path, &st) })
+		err = retry(func() error { return unix.Stat(o.opts.Path, &st) })
 		if err == unix.ENOENT {
-			return r.removed()
+			return o.removed()
 		}
 		if err != nil {
-			return r.fail("stat", err)
+			return o.fail("stat", err)
 		}
-		if inodeOf(&st) != r.id {
-			return r.replaced()
+		if inodeOf(&st) != o.id {
+			return o.replaced()
 		}
-		if r.scope == scopeHost && r.opts.Locking == LockingAuto && !r.warned {
-			r.warned = true
-			r.warnf("locks on %s keep away only programs of this host; see to it that no other host writes to it (--locking on silences this)", r.opts.Path)
+		if o.scope == scopeHost && o.opts.Locking == LockingAuto && !o.warned {
+			o.warned = true
+			o.warnf("locks on %s keep away only programs of this host; see to it that no other host writes to it (--locking on silences this)", o.opts.Path)
 		}
 	}
-	r.noteLocks(f)
-	r.next = &view{file: f, active: true}
+	o.noteLocks(f)
+	o.next = &view{file: f, active: true}
 	return nil
 }
 
@@ -268,33 +271,33 @@ const (
 )
 
 // lingers reports whether err is a lock whose owner has ended.
-func (r *Raw) lingers(err error) bool {
+func (o *Owned) lingers(err error) bool {
 	_, ok := errors.AsType[*LockError](err)
-	return ok && r.record.ownerEnded()
+	return ok && o.record.ownerEnded()
 }
 
-func (r *Raw) removed() error {
+func (o *Owned) removed() error {
 	where := ""
-	if fd := r.cur.Load().file.fd; fd >= 0 {
+	if fd := o.cur.Load().file.fd; fd >= 0 {
 		where = "; its bytes are still at " + procPath(fd)
 	}
-	return r.fail("activate", fmt.Errorf("the image was removed or renamed while this process had it open%s: %w", where, unix.ENOENT))
+	return o.fail("activate", fmt.Errorf("the image was removed or renamed while this process had it open%s: %w", where, unix.ENOENT))
 }
 
 // procPath is where others find what is open as fd.
 func procPath(fd int) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) }
 
-func (r *Raw) replaced() error {
-	return r.fail("activate", fmt.Errorf("the path names another file than the one being served, which was replaced; restart nbd-export to serve the new one: %w", unix.ESTALE))
+func (o *Owned) replaced() error {
+	return o.fail("activate", fmt.Errorf("the path names another file than the one being served, which was replaced; restart nbd-export to serve the new one: %w", unix.ESTALE))
 }
 
-func (r *Raw) dropsCache(f *File) bool {
+func (o *Owned) dropsCache(f *File) bool {
 	switch {
 	case f.traits.Tmpfs:
 		return false // it is the storage
-	case r.opts.DropCache == DropCacheOn:
+	case o.opts.DropCache == DropCacheOn:
 		return true
-	case r.opts.DropCache == DropCacheOff:
+	case o.opts.DropCache == DropCacheOff:
 		return false
 	}
 	return !f.traits.coherent
@@ -304,38 +307,33 @@ func (r *Raw) dropsCache(f *File) bool {
 // ifUnchanged whether it is as this process last settled it, or opened it if
 // it never did; if not the error is a *ModifiedError. It drops the page cache
 // as --drop-cache says. After an error Withdraw must follow.
-func (r *Raw) Load(ifUnchanged bool) error {
-	if r.next == nil || !r.next.active {
-		return r.fail("activate", unix.EINVAL)
+func (o *Owned) Load(ifUnchanged bool) error {
+	if o.next == nil || !o.next.active {
+		return o.fail("activate", unix.EINVAL)
 	}
-	f := r.next.file
+	f := o.next.file
 	if ifUnchanged {
-		if err := f.fingerprint().compare(r.opts.Path, r.print); err != nil {
+		if err := f.fingerprint().compare(o.opts.Path, o.print); err != nil {
 			return err
 		}
 	}
-	if r.dropsCache(f) {
+	if o.dropsCache(f) {
 		left, err := f.dropCache(dropTries, func(try int) { time.Sleep(min(time.Duration(try), 10) * time.Millisecond) })
 		if err != nil {
 			return err
 		}
 		if left > 0 {
-			r.warnf("%d pages of %s stay in the page cache, because somebody reads or maps them; they may be older than the image", left, r.opts.Path)
+			o.warnf("%d pages of %s stay in the page cache, because somebody reads or maps them; they may be older than the image", left, o.opts.Path)
 		}
 	}
 	if err := f.load(); err != nil {
 		return err
 	}
-	if r.guard.on {
-		first, err := readFirst(f)
-		if err != nil {
-			return err
-		}
-		if format := Probe(first); format != "" {
-			return r.fail("activate", fmt.Errorf("the image was guessed to be raw and has become %s while inactive; restart nbd-export with -f: %w", format, unix.EOPNOTSUPP))
-		}
+	next, err := o.format.load(f)
+	if err != nil {
+		return err
 	}
-	r.next = newView(f, f.size, true)
+	o.next = next
 	return nil
 }
 
@@ -344,19 +342,19 @@ func (r *Raw) Load(ifUnchanged bool) error {
 // process had, and the record's. Without a record that is own+1. A record that
 // cannot be read, or is none, is a *RecordError. After an error Withdraw must
 // follow.
-func (r *Raw) Claim(own uint64) (epoch uint64, err error) {
-	if r.next == nil || !r.next.active {
-		return 0, r.fail("activate", unix.EINVAL)
+func (o *Owned) Claim(own uint64) (epoch uint64, err error) {
+	if o.next == nil || !o.next.active {
+		return 0, o.fail("activate", unix.EINVAL)
 	}
 	var st unix.Stat_t
-	if err := r.next.file.fstat(&st); err != nil {
-		return 0, r.fail("stat", err)
+	if err := o.next.file.fstat(&st); err != nil {
+		return 0, o.fail("stat", err)
 	}
-	return r.record.claim(own, &st)
+	return o.record.claim(own, &st)
 }
 
 // PublishActive makes requests use the acquired description. It cannot fail.
-func (r *Raw) PublishActive() { r.publish() }
+func (o *Owned) PublishActive() { o.publish() }
 
 // Check looks at the active image's file, about once a second, for what no
 // request would notice: that it has shrunk, which ends writes there; that the
@@ -364,18 +362,18 @@ func (r *Raw) PublishActive() { r.publish() }
 // has our locks, that somebody writes in spite of them, or that the owner
 // record names another, which is the error *FencedError. A record that was removed it writes again. It may
 // run beside anything but Release, Retire and Close.
-func (r *Raw) Check() error {
-	v := r.cur.Load()
+func (o *Owned) Check() error {
+	v := o.cur.Load()
 	if !v.active {
 		return nil
 	}
-	r.measure(v)
-	r.checkName(v)
+	v.measure()
+	o.checkName(v)
 	var failed error
 	if len(v.file.held) > 0 {
 		kept, err := v.file.locksKept()
 		if err == nil && !kept {
-			return &FencedError{Path: r.opts.Path}
+			return &FencedError{Path: o.opts.Path}
 		}
 		failed = err
 		strange, err := v.file.stranger()
@@ -385,10 +383,10 @@ func (r *Raw) Check() error {
 		case !strange:
 			v.strange.Store(0)
 		case v.strange.Add(1) >= strangerTimes:
-			return &FencedError{Path: r.opts.Path}
+			return &FencedError{Path: o.opts.Path}
 		}
 	}
-	if err := r.record.check(); err != nil {
+	if err := o.record.check(); err != nil {
 		return err
 	}
 	return failed
@@ -396,13 +394,13 @@ func (r *Raw) Check() error {
 
 // checkName tells, once, that the path names the active image no longer: what
 // is written goes when the last descriptor does.
-func (r *Raw) checkName(v *view) {
+func (o *Owned) checkName(v *view) {
 	var st unix.Stat_t
-	err := retry(func() error { return unix.Stat(r.opts.Path, &st) })
-	gone := err == unix.ENOENT || err == nil && inodeOf(&st) != r.id
+	err := retry(func() error { return unix.Stat(o.opts.Path, &st) })
+	gone := err == unix.ENOENT || err == nil && inodeOf(&st) != o.id
 	if gone && !v.nameless.Swap(true) {
-		r.warnf("%s: the path no longer names the image that is being served; its bytes are still reachable as %s; copy them before the server stops",
-			r.opts.Path, procPath(v.file.fd))
+		o.warnf("%s: the path no longer names the image that is being served; its bytes are still reachable as %s; copy them before the server stops",
+			o.opts.Path, procPath(v.file.fd))
 	}
 }
 
@@ -436,20 +434,20 @@ func (e *FencedError) Fenced() bool { return true }
 
 // Withdraw undoes Acquire, Load and Claim: nothing is held, and the owner
 // record says what it said before. What fails goes to Warn.
-func (r *Raw) Withdraw() {
-	if v := r.next; v != nil {
-		r.warn(r.record.withdraw())
+func (o *Owned) Withdraw() {
+	if v := o.next; v != nil {
+		o.warn(o.record.withdraw())
 	}
-	r.dropNext()
-	r.noteLocks(nil)
+	o.dropNext()
+	o.noteLocks(nil)
 }
 
 // Retire is called when no request uses the view before the last
 // PublishActive. It closes that.
-func (r *Raw) Retire() {
-	if v := r.old; v != nil {
-		r.old = nil
-		r.warn(v.file.Close())
+func (o *Owned) Retire() {
+	if v := o.old; v != nil {
+		o.old = nil
+		o.warn(v.close())
 	}
 }
 
@@ -457,20 +455,16 @@ func (r *Raw) Retire() {
 // with the descriptions. Of a settled image the owner record says before that it was let go in
 // order; of one that is being activated, what it said before. No data method
 // may be running or called again. It may be called twice.
-func (r *Raw) Close() error {
+func (o *Owned) Close() error {
 	var errs []error
-	if r.next != nil && r.next.active {
-		errs = append(errs, r.record.withdraw())
+	if o.next != nil && o.next.active {
+		errs = append(errs, o.record.withdraw())
 	} else {
-		errs = append(errs, r.endClaim())
+		errs = append(errs, o.endClaim())
 	}
-	for _, v := range [...]*view{r.next, r.old, r.cur.Load()} {
-		if v != nil {
-			errs = append(errs, v.file.Close())
-		}
-	}
-	r.next, r.old = nil, nil
-	r.noteLocks(nil)
+	errs = append(errs, closeAll(o.next, o.old, o.cur.Load()))
+	o.next, o.old = nil, nil
+	o.noteLocks(nil)
 	return errors.Join(errs...)
 }
 

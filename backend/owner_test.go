@@ -131,16 +131,16 @@ func TestLifecycle(t *testing.T) {
 // Close in any state leaves nothing open and adds nothing to the file.
 func TestCloseAnywhere(t *testing.T) {
 	modes(t, func(t *testing.T, dir string, o Options) {
-		steps := []func(r *Raw) error{
-			func(r *Raw) error { return nil },
-			(*Raw).Acquire,
-			func(r *Raw) error { return r.Load(false) },
-			func(r *Raw) error { _, err := r.Claim(0); return err },
-			func(r *Raw) error { r.PublishActive(); return nil },
-			func(r *Raw) error { r.Retire(); return nil },
-			(*Raw).Settle,
-			func(r *Raw) error { r.PublishInactive(); return nil },
-			(*Raw).Release,
+		steps := []func(r *Owned) error{
+			func(r *Owned) error { return nil },
+			(*Owned).Acquire,
+			func(r *Owned) error { return r.Load(false) },
+			func(r *Owned) error { _, err := r.Claim(0); return err },
+			func(r *Owned) error { r.PublishActive(); return nil },
+			func(r *Owned) error { r.Retire(); return nil },
+			(*Owned).Settle,
+			func(r *Owned) error { r.PublishInactive(); return nil },
+			(*Owned).Release,
 		}
 		for last := range steps {
 			o.Path = writeFile(t, dir, pattern(5000, 1))

@@ -1,0 +1,85 @@
+package backend
+
+import (
+	"errors"
+	"sync/atomic"
+)
+
+// view is an image's open files as requests see them. It does not change while
+// it is published, but for what is atomic.
+type view struct {
+	file   *File // that Options.Path names
+	active bool
+	content
+
+	// What Check has seen.
+	strange  atomic.Int32 // times in a row that another held byte 101
+	nameless atomic.Bool  // the path names something else; told
+}
+
+// format makes views of an image's files. Its methods are called by the
+// goroutine that changes ownership.
+type format interface {
+	// check sees that f, open for reading and without locks, could be served,
+	// and returns the size in bytes that the image would have.
+	check(f *File) (size int64, err error)
+	// open makes an inactive view of f, which is open for reading and without
+	// locks. It changes nothing. was is the view that clients know, nil for
+	// the first.
+	open(f *File, was *view) (*view, error)
+	// load makes the view of an owner, who has f open and locked. It reads
+	// everything anew, makes every check that can refuse, and changes nothing.
+	load(f *File) (*view, error)
+}
+
+// content is what a format makes of a view's files. Its data methods are those
+// of Image; they find the view current that they belong to, or one that still
+// is in use.
+type content interface {
+	Size() int64
+	Map(p *Plan, off, n int64, mode Mode) error
+	Unmap(p *Plan)
+	ReadOpaque(p *Plan, i int, skip int64, dst []byte) error
+	Prepare(p *Plan, off int64, payload []byte, mode Mode) error
+	Commit(p *Plan) error
+	Abort(p *Plan)
+	Discard(off, n int64) error
+	Zero(off, n int64, flags ZeroFlags) error
+	Cache(off, n int64) error
+	Status(dst []Status, off, n int64, max int) ([]Status, error)
+
+	// sync is Image.Flush of an image that is written.
+	sync() error
+	// settle makes everything durable and clean, with no request but reads
+	// under way; see Owned.Settle. It is only called of an image that is
+	// written.
+	settle() error
+	// measure looks, beside requests, whether the files have shrunk.
+	measure()
+	// resize makes the image size bytes long, with no request under way, and
+	// returns what it has become.
+	resize(size int64) (content, error)
+}
+
+// writable reports whether requests may change the image.
+func (v *view) writable() bool { return v.active && v.file.writable }
+
+// deadView stands for an image that cannot be opened: reads fail with EIO.
+func (o *Owned) deadView(size int64) *view {
+	f := deadFile(o.opts.Path, o.id)
+	return &view{file: f, content: &raw{rawFormat: &rawFormat{image: o}, file: f, size: size}}
+}
+
+// close closes the files. Nothing may use the view any more.
+func (v *view) close() error { return v.file.Close() }
+
+// closeAll closes the views that are there.
+func closeAll(views ...*view) error {
+	var errs []error
+	for _, v := range views {
+		if v != nil {
+			errs = append(errs, v.close())
+		}
+	}
+	return errors.Join(errs...)
+}
