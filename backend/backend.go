@@ -102,6 +102,9 @@ type Info struct {
 	// CanTrim and CanFastZero: what the host file system does, probed at
 	// open. Zeroing by other means always works.
 	CanTrim, CanFastZero bool
+	// Mapped: where a write goes stands in tables, which Commit may leave to be
+	// made durable by a Flush.
+	Mapped bool
 	// WriteThrough: every write, discard and zeroing is to be durable when it
 	// is acknowledged. The image does not see to that: its caller treats each
 	// as one with FUA.
@@ -134,8 +137,10 @@ type Image interface {
 	// Data, and the caller puts the bytes there. payload is only looked at
 	// during the call. Then exactly one of Commit or Abort.
 	Prepare(p *Plan, off int64, payload []byte, mode Mode) error
-	// Commit publishes the mapping after all bytes are in place.
-	Commit(p *Plan) error
+	// Commit publishes the mapping after all bytes are in place. durable says
+	// that the mapping is on disk, so that a write of durable bytes needs no
+	// Flush to survive power loss.
+	Commit(p *Plan) (durable bool, err error)
 	// Abort publishes nothing and gives back what Prepare took.
 	Abort(p *Plan)
 

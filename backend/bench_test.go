@@ -118,7 +118,7 @@ func BenchmarkRawMap(b *testing.B) {
 			if err := r.Prepare(&p, 4096, payload, 0); err != nil {
 				b.Fatal(err)
 			}
-			if err := r.Commit(&p); err != nil {
+			if _, err := r.Commit(&p); err != nil {
 				b.Fatal(err)
 			}
 		}

@@ -160,7 +160,11 @@ func write(r *Owned, off int64, b []byte, durable bool) error {
 		}
 		b = b[e.Length:]
 	}
-	return r.Commit(&p)
+	mapped, err := r.Commit(&p)
+	if err == nil && durable && !mapped {
+		err = r.Flush()
+	}
+	return err
 }
 
 func read(r *Owned, off int64, b []byte) error {

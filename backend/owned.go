@@ -104,7 +104,7 @@ func (o *Owned) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 }
 
 // Commit implements Image.
-func (o *Owned) Commit(p *Plan) error { return p.take().Commit(p) }
+func (o *Owned) Commit(p *Plan) (durable bool, err error) { return p.take().Commit(p) }
 
 // Abort implements Image.
 func (o *Owned) Abort(p *Plan) { p.take().Abort(p) }

@@ -165,9 +165,9 @@ func (r *raw) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 }
 
 // Commit implements content.
-func (r *raw) Commit(p *Plan) error {
+func (r *raw) Commit(p *Plan) (durable bool, err error) {
 	r.Abort(p)
-	return nil
+	return true, nil
 }
 
 // Abort implements content.

@@ -133,7 +133,8 @@ func BenchmarkGateCost(b *testing.B) {
 		must(b, r.raw.Prepare(&p, off, buf, 0))
 		_, err := p.Extents[0].File.TryWriteAt(buf, off)
 		must(b, err)
-		must(b, r.raw.Commit(&p))
+		_, err = r.raw.Commit(&p)
+		must(b, err)
 	}
 	b.Run("alone", func(b *testing.B) {
 		for range b.N {

@@ -1,9 +1,14 @@
 package ioloop
 
 import (
+	"context"
+	"sync/atomic"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/state"
 )
 
 // Flushes that arrive while the disk syncs share the next sync, and never the
@@ -77,5 +82,54 @@ func TestFlushesLeaveWorkers(t *testing.T) {
 			t.Fatalf("%+v", a)
 		}
 		delete(want, a.cookie)
+	}
+}
+
+// Where a write leaves a mapping that is not on disk, one with FUA is followed
+// by a flush, whose failure is the write's; other writes are not.
+func TestDurableWritesFlushTheMapping(t *testing.T) {
+	for name, rig := range map[string]func(t *testing.T) *rig{
+		"inline": func(t *testing.T) *rig { return newRig(t, rigConfig{tmpfs: true, mapped: true}) },
+		"worker": func(t *testing.T) *rig { return newRig(t, rigConfig{mapped: true}) },
+		"through": func(t *testing.T) *rig {
+			return newRig(t, rigConfig{mapped: true, cache: backend.CacheWritethrough})
+		},
+		"ring": func(t *testing.T) *rig {
+			r, _ := newRingRig(t, rigConfig{mapped: true})
+			return r
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := rig(t)
+			var flushed atomic.Int64
+			end := func(result error) {
+				r.img.set(func(h *hooked) {
+					h.flushing = func() error { flushed.Add(1); return result }
+				})
+			}
+			end(nil)
+			c := r.connect(&testCodec{})
+			c.ok(OpWrite, 0, 0, 4096, contents[:4096])
+			plain := int64(0)
+			if name == "through" {
+				plain = 1
+			}
+			if n := flushed.Load(); n != plain {
+				t.Errorf("%d flushes after a plain write", n)
+			}
+			c.ok(OpWrite, FUA, 4096, 4096, contents[:4096])
+			if n := flushed.Load(); n != plain+1 {
+				t.Errorf("%d flushes after one with FUA", n)
+			}
+			end(unix.ENOSPC)
+			if a := c.do(OpWrite, FUA, 8192, 4096, contents[:4096]); a.errno != unix.ENOSPC {
+				t.Errorf("%+v where the flush fails", a)
+			}
+			end(&backend.SyncError{Path: r.path, Err: unix.EIO})
+			if a := c.do(OpWrite, FUA, 8192, 4096, contents[:4096]); a.errno != unix.EIO || r.m.Status().State != state.FailedIO {
+				t.Errorf("%+v, %s where the sync fails", a, r.m.Status().State)
+			}
+			must(t, state.Abandon(context.Background(), r.m))
+		})
 	}
 }

@@ -201,6 +201,20 @@ type hooked struct {
 	preparing  func(off int64, mode backend.Mode) error
 	flushing   func() error
 	discarding func(off, n int64) error
+	// mapped: it has tables that a Commit leaves dirty. It does not change
+	// while the image is used.
+	mapped bool
+}
+
+func (h *hooked) Info() backend.Info {
+	i := h.Image.Info()
+	i.Mapped = h.mapped
+	return i
+}
+
+func (h *hooked) Commit(p *backend.Plan) (bool, error) {
+	_, err := h.Image.Commit(p)
+	return !h.mapped, err
 }
 
 func (h *hooked) set(fn func(*hooked)) {
@@ -308,6 +322,7 @@ type rigConfig struct {
 	holdFor  time.Duration
 	wanted   func()
 	cache    backend.CacheMode
+	mapped   bool                    // see hooked
 	pacer    func(*Disk) state.Pacer // gets the disk before it is used
 }
 
@@ -334,7 +349,7 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 		t.Skip(err)
 	}
 	must(t, err)
-	r.raw, r.img = raw, &hooked{Image: raw}
+	r.raw, r.img = raw, &hooked{Image: raw, mapped: cfg.mapped}
 	r.d = NewDisk(r.img, nil)
 	opt := state.Options{Hold: cfg.holdFor, Wanted: cfg.wanted, Step: func(_ string, s state.Step) {
 		if cfg.onStep != nil {

@@ -271,7 +271,7 @@ func (c *conn) tryWrite(r *Request, payload []byte, p *backend.Plan) error {
 	durable := c.durable(r)
 	for i := range p.Extents {
 		e := &p.Extents[i]
-		if (durable && !e.File.Traits().Tmpfs) || !e.File.InlineWrite(e.Offset, int(e.Length)) {
+		if durable && (!e.File.Traits().Tmpfs || img.Info().Mapped) || !e.File.InlineWrite(e.Offset, int(e.Length)) {
 			img.Abort(p)
 			return backend.ErrWait
 		}
@@ -290,7 +290,8 @@ func (c *conn) tryWrite(r *Request, payload []byte, p *backend.Plan) error {
 		}
 		payload = payload[e.Length:]
 	}
-	return img.Commit(p)
+	_, err := img.Commit(p) // what is durable here is so without a Flush
+	return err
 }
 
 // durable reports whether the reply to r promises that its effect is on disk.

@@ -20,6 +20,7 @@ type task struct {
 	lease    lease   // of the budget, until the reply is sent
 	admitted bool    // holds an admission of the lane
 	passed   bool    // need not wait for the disk's Pace
+	stored   bool    // a write that only has to be flushed
 	began    time.Time
 	since    state.Arrival // when it first asked the gate
 	chained  bool          // was held; when it has ended the next one may go
@@ -333,6 +334,9 @@ func (t *task) leave(err error) {
 func (t *task) perform() error {
 	r, img := &t.req, t.conn.disk.Image
 	durable := t.conn.durable(r)
+	if t.stored {
+		return img.Flush()
+	}
 	err := t.leaveRing(durable)
 	if err != nil {
 		return err
@@ -342,7 +346,7 @@ func (t *task) perform() error {
 	}
 	switch r.Op {
 	case OpWrite:
-		return t.store(durable)
+		durable, err = t.store(durable)
 	case OpDiscard:
 		err = img.Discard(r.Offset, r.Length)
 	case OpZero:
@@ -367,22 +371,24 @@ func (t *task) perform() error {
 	return err
 }
 
-// store writes the payload.
-func (t *task) store(durable bool) error {
+// store writes the payload. flush says that it is not as durable as it is to be
+// until the image is flushed.
+func (t *task) store(durable bool) (flush bool, err error) {
 	r, img := &t.req, t.conn.disk.Image
 	payload := t.buf.payload(r.Length)
 	if err := img.Prepare(&t.plan, r.Offset, payload, backend.MayBlock); err != nil {
-		return err
+		return false, err
 	}
 	for i := range t.plan.Extents {
 		e := &t.plan.Extents[i]
 		if err := e.File.WriteAt(payload[:e.Length], e.Offset, durable); err != nil {
 			img.Abort(&t.plan)
-			return err
+			return false, err
 		}
 		payload = payload[e.Length:]
 	}
-	return img.Commit(&t.plan)
+	mapped, err := img.Commit(&t.plan)
+	return durable && !mapped, err
 }
 
 // fetch reads the request's range into the buffer; with now it returns ErrWait

@@ -391,7 +391,13 @@ func (t *task) endRing() {
 		c.e.sched.submit(t) // admitted; see leaveRing
 		return
 	}
-	t.leave(img.Commit(&t.plan))
+	mapped, err := img.Commit(&t.plan)
+	if err == nil && !mapped && c.durable(&t.req) {
+		t.stored = true
+		c.e.sched.submit(t) // it may block
+		return
+	}
+	t.leave(err)
 }
 
 // leaveRing takes a write that a worker is to do again off its plan, unless
