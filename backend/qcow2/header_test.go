@@ -43,13 +43,27 @@ func openImage(t *testing.T, path string) osFile {
 }
 
 // qemuImg runs qemu-img, which "make peers" installs.
-func qemuImg(t *testing.T, args ...string) string {
+func qemuImg(t testing.TB, args ...string) string {
 	t.Helper()
-	out, err := exec.Command("qemu-img", args...).CombinedOutput()
-	if err != nil {
-		t.Fatalf("qemu-img %s: %v\n%s(package qemu-utils)", strings.Join(args, " "), err, out)
+	out, code := qemuImgCode(t, args...)
+	if code != 0 {
+		t.Fatalf("qemu-img %s exits with %d:\n%s", strings.Join(args, " "), code, out)
 	}
-	return string(out)
+	return out
+}
+
+// qemuImgCode also returns the exit code.
+func qemuImgCode(t testing.TB, args ...string) (out string, code int) {
+	t.Helper()
+	b, err := exec.Command("qemu-img", args...).CombinedOutput()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatalf("qemu-img: %v (package qemu-utils)", err)
+	}
+	if exit != nil {
+		code = exit.ExitCode()
+	}
+	return string(b), code
 }
 
 func TestReadHeaderOfQEMUsImages(t *testing.T) {

@@ -2,6 +2,10 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+	"time"
 )
 
 // Options of an Image.
@@ -16,6 +20,10 @@ type Options struct {
 	L2Cache int64
 	// KeepSpace: what is discarded keeps its space on the host.
 	KeepSpace bool
+	// NoRepair: Begin refuses an image that is dirty.
+	NoRepair bool
+	// Fixed: the image's file, as a block device, cannot become longer.
+	Fixed bool
 	// Warn gets a line about what the user should know; nil drops them. It may
 	// be called by any goroutine.
 	Warn func(string)
@@ -24,30 +32,75 @@ type Options struct {
 // DefaultL2Cache in bytes: it maps 256 GiB with clusters of 64 KiB.
 const DefaultL2Cache = 32 << 20
 
-// Image is an open qcow2 image.
+// Image is an open qcow2 image. Map, Unmap, Prepare, Commit, Abort, Flush,
+// Discard, Zero and Status may be called by any number of goroutines at once.
 type Image struct {
-	f    File
-	h    *Header
-	g    Geometry
-	opts Options
-	l1   []uint64
+	f, data File // the same where there is no data file
+	h       *Header
+	g       Geometry
+	opts    Options
+
+	l1Shift    int // of a guest offset, for its L1 entry
+	subBits    int // of a subcluster, or of a cluster where there are none
+	sliceBits  int // of the entries of a slice
+	sliceWords int
+
+	l1   []uint64 // decoded; atomic
+	dirs []atomic.Pointer[table]
+
+	cache  cache
+	pins   pins
+	busy   busy
+	refs   refcounts
+	alloc  allocator
+	free   freeing
+	flush  flusher
+	tables sync.Mutex // see cache for the order
+
+	headerMu sync.Mutex // leaf
+	begun    atomic.Bool
+	broken   atomic.Bool // marked corrupt
 }
 
 // New makes an Image for reading from a file and its header. It writes
 // nothing, and does not own the files.
 func New(f File, h *Header, o Options) (*Image, error) {
+	return newImage(f, h, h.L1Offset, h.L1Entries, o)
+}
+
+func newImage(f File, h *Header, l1Offset int64, l1Entries int, o Options) (*Image, error) {
 	if o.L2Cache == 0 {
 		o.L2Cache = DefaultL2Cache
 	}
 	if o.Warn == nil {
 		o.Warn = func(string) {}
 	}
-	im := &Image{f: f, h: h, g: h.Geometry(), opts: o}
-	raw := make([]byte, 8*h.L1Entries)
-	if err := f.ReadAt(raw, h.L1Offset); err != nil {
+	copied := *h
+	g := h.Geometry()
+	im := &Image{f: f, data: f, h: &copied, g: g, opts: o}
+	if g.External {
+		im.data = o.Data
+	}
+	im.l1Shift = g.l2Bits() + g.ClusterBits
+	im.subBits = bits.TrailingZeros64(uint64(g.SubclusterSize()))
+	size := min(sliceSize, g.ClusterSize())
+	im.sliceWords = int(size / 8)
+	im.sliceBits = bits.TrailingZeros64(uint64(size / g.EntrySize()))
+	im.cache.limit = int(max(o.L2Cache/size, 16))
+	im.cache.loading = make(map[[2]int64]*load)
+	im.refs.metadata = make(clusterSet)
+	im.dirs = make([]atomic.Pointer[table], l1Entries)
+	im.l1 = make([]uint64, l1Entries)
+	if l1Entries == 0 {
+		return im, nil
+	}
+	raw := make([]byte, 8*l1Entries)
+	if l1Offset > f.Length()-int64(len(raw)) {
+		return nil, im.damaged("its L1 table reaches past the end of the file")
+	}
+	if err := f.ReadAt(raw, l1Offset); err != nil {
 		return nil, err
 	}
-	im.l1 = make([]uint64, h.L1Entries)
 	for i := range im.l1 {
 		im.l1[i] = binary.BigEndian.Uint64(raw[8*i:])
 	}
@@ -56,3 +109,9 @@ func New(f File, h *Header, o Options) (*Image, error) {
 
 // Size of the guest's disk in bytes.
 func (im *Image) Size() int64 { return im.h.Size }
+
+// Header is the image's header. It is not to be changed.
+func (im *Image) Header() *Header { return im.h }
+
+// pauseForPins gives a read that is under way time to end.
+func (im *Image) pauseForPins() { time.Sleep(50 * time.Microsecond) }
