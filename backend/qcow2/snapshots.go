@@ -80,12 +80,14 @@ func readSnapshots(f File, h *Header) (all []Snapshot, n int64, err error) {
 			s.Icount = int64(be.Uint64(rest[16:]))
 		}
 		all = append(all, s)
-		at = (at + int64(len(fixed)+len(rest)) + 7) &^ 7
-		if at-h.SnapshotsOffset > maxSnapshotTable {
+		at += int64(len(fixed) + len(rest))
+		n = at - h.SnapshotsOffset
+		at = (at + 7) &^ 7
+		if n > maxSnapshotTable {
 			return nil, 0, damaged(i, "the table of snapshots is too large")
 		}
 	}
-	return all, max(at-h.SnapshotsOffset, 0), nil
+	return all, n, nil
 }
 
 // fault says why a snapshot's disk cannot be read, "" if it can.
