@@ -19,7 +19,9 @@ func (im *Image) Begin(progress func(done, total int64)) error {
 		if im.opts.NoRepair {
 			return im.refused(unix.EIO, "it was not closed in order and its refcounts may be wrong; mend it with nbd-export check --repair all")
 		}
-		return im.refused(unix.EIO, "REPAIR")
+		if err := im.repairDirty(progress); err != nil {
+			return err
+		}
 	}
 	if err := im.readRefcountTable(); err != nil {
 		return err

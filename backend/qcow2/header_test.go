@@ -55,10 +55,17 @@ func qemuImg(t testing.TB, args ...string) string {
 // qemuImgCode also returns the exit code.
 func qemuImgCode(t testing.TB, args ...string) (out string, code int) {
 	t.Helper()
-	b, err := exec.Command("qemu-img", args...).CombinedOutput()
+	return program(t, "qemu-img", args...)
+}
+
+// program runs one of the peers, and returns what it printed and its exit code,
+// -1 if a signal ended it.
+func program(t testing.TB, name string, args ...string) (out string, code int) {
+	t.Helper()
+	b, err := exec.Command(name, args...).CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {
-		t.Fatalf("qemu-img: %v (package qemu-utils)", err)
+		t.Fatalf("%s: %v (package qemu-utils)", name, err)
 	}
 	if exit != nil {
 		code = exit.ExitCode()

@@ -91,20 +91,25 @@ func newImage(f File, h *Header, l1Offset int64, l1Entries int, o Options) (*Ima
 	im.refs.metadata = make(clusterSet)
 	im.dirs = make([]atomic.Pointer[table], l1Entries)
 	im.l1 = make([]uint64, l1Entries)
-	if l1Entries == 0 {
-		return im, nil
+	return im, im.readL1(l1Offset)
+}
+
+// readL1 reads the L1 table anew.
+func (im *Image) readL1(off int64) error {
+	if len(im.l1) == 0 {
+		return nil
 	}
-	raw := make([]byte, 8*l1Entries)
-	if l1Offset > f.Length()-int64(len(raw)) {
-		return nil, im.damaged("its L1 table reaches past the end of the file")
+	raw := make([]byte, 8*len(im.l1))
+	if off > im.f.Length()-int64(len(raw)) {
+		return im.damaged("its L1 table reaches past the end of the file")
 	}
-	if err := f.ReadAt(raw, l1Offset); err != nil {
-		return nil, err
+	if err := im.f.ReadAt(raw, off); err != nil {
+		return err
 	}
 	for i := range im.l1 {
 		im.l1[i] = binary.BigEndian.Uint64(raw[8*i:])
 	}
-	return im, nil
+	return nil
 }
 
 // Size of the guest's disk in bytes.
