@@ -1,0 +1,244 @@
+package qcow2
+
+import (
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// allocator gives out host clusters. What it has ready is free in the file and
+// in memory, counted by refcount blocks that are in memory, so that taking one
+// does no I/O. It is filled from what was freed, then with free clusters found
+// in refcount blocks, which are looked at once from the beginning, and then by
+// making the file longer.
+//
+//	ready -> take -> Commit -> ... -> drop -> flush -> grace period -> ready
+type allocator struct {
+	// filling is held by whoever fills it, or loads refcount blocks. See cache
+	// for the order.
+	filling sync.Mutex
+
+	// Under refcounts.mu:
+	ready []run // taken from the end
+	have  int64 // clusters in ready
+	scan  int64 // the next refcount block to look at
+	old   int64 // in clusters: where the file ended at Begin; only up to here it is looked at
+	end   int64 // in clusters: where the file ends
+
+	fixed bool // the file cannot become longer
+}
+
+// run is a run of free host clusters.
+type run struct {
+	first, n int64 // clusters
+	zero     bool  // they read as zeros
+}
+
+const (
+	// scanBlocks is how many refcount blocks one refill looks at before it
+	// makes the file longer: finding all free clusters of a large image first
+	// would keep a write waiting.
+	scanBlocks = 16
+	// The file becomes longer by an eighth, within these bounds in bytes.
+	growMin = 1 << 20
+	growMax = 64 << 20
+)
+
+// take takes up to n neighbouring clusters and counts them. Without MayBlock
+// the answer is ErrWait where it would have to look for some.
+func (im *Image) take(n int64, mode Mode) (run, error) {
+	for {
+		im.refs.mu.Lock()
+		got, ok := im.takeLocked(n)
+		im.refs.mu.Unlock()
+		switch {
+		case ok:
+			im.startTimer()
+			return got, nil
+		case mode&MayBlock == 0:
+			return run{}, ErrWait
+		}
+		if err := im.refill(n); err != nil {
+			return run{}, err
+		}
+	}
+}
+
+func (im *Image) takeLocked(n int64) (run, bool) {
+	a, per := &im.alloc, im.g.refcountsPerBlock()
+	k := len(a.ready) - 1
+	if k < 0 {
+		return run{}, false
+	}
+	last := &a.ready[k]
+	got := run{last.first, min(n, last.n, per-last.first%per), last.zero}
+	b := im.refs.blocks[got.first/per]
+	for c := got.first; c < got.first+got.n; c++ {
+		im.setLocked(b, c, 1)
+	}
+	b.users -= int(got.n)
+	a.have -= got.n
+	last.first += got.n
+	last.n -= got.n
+	if last.n == 0 {
+		a.ready = a.ready[:k]
+	}
+	return got, true
+}
+
+// readyLocked adds free clusters that b counts; b stays in memory for them.
+func (im *Image) readyLocked(b *refblock, x run) {
+	a := &im.alloc
+	b.users += int(x.n)
+	a.have += x.n
+	if k := len(a.ready) - 1; k >= 0 {
+		last := &a.ready[k]
+		if last.zero == x.zero && last.first+last.n == x.first {
+			last.n += x.n
+			return
+		}
+	}
+	a.ready = append(a.ready, x)
+}
+
+// refill finds at least one free cluster. It does I/O.
+func (im *Image) refill(n int64) error {
+	a := &im.alloc
+	a.filling.Lock()
+	defer a.filling.Unlock()
+	if err := im.reclaimLocked(); err != nil {
+		return err
+	}
+	for tries := 0; ; tries++ {
+		im.refs.mu.Lock()
+		have, index := a.have, a.scan
+		im.refs.mu.Unlock()
+		switch {
+		case have > 0:
+			return nil
+		case !a.fixed && tries == scanBlocks:
+			return im.grow(n)
+		}
+		more, err := im.scanBlock(index)
+		switch {
+		case err != nil:
+			return err
+		case more:
+		case a.fixed:
+			return fmt.Errorf("qcow2 image %s has no free cluster left, and what it lies on cannot become larger: %w", im.f.Path(), unix.ENOSPC)
+		default:
+			return im.grow(n)
+		}
+	}
+}
+
+// scanBlock makes the free clusters ready that refcount block index counts. If
+// there is no such block it makes one. It reports whether there are more.
+func (im *Image) scanBlock(index int64) (more bool, err error) {
+	a, r, per := &im.alloc, &im.refs, im.g.refcountsPerBlock()
+	first, last := index*per, min((index+1)*per, a.old)
+	if first >= a.old || index >= int64(len(r.table)) {
+		return false, nil
+	}
+	b, err := im.loadBlock(index)
+	if err != nil {
+		return false, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a.scan = index + 1
+	if b == nil {
+		for first < last && r.metadata.has(first) {
+			first++
+		}
+		if first == last {
+			return true, nil
+		}
+		b = im.addBlockLocked(index, first<<im.g.ClusterBits)
+		b.users++
+		im.setLocked(b, first, 1)
+	}
+	for c := first; c < last; c++ {
+		if im.g.refcount(b.b, c%per) == 0 && !r.metadata.has(c) {
+			im.readyLocked(b, run{c, 1, false})
+		}
+	}
+	b.users--
+	return true, nil
+}
+
+// grow makes the file longer by n clusters or more, with refcount blocks for
+// them, and if need be a larger refcount table. Their clusters come from what
+// was added, and so does no more than the file's end change before all has
+// succeeded.
+func (im *Image) grow(n int64) error {
+	a, r, bits, per := &im.alloc, &im.refs, im.g.ClusterBits, im.g.refcountsPerBlock()
+	first := a.end
+	n = max(n, min(max(first<<bits/8, growMin), growMax)>>bits) + 2
+	last := first + n
+	blocks := func(end int64) int64 { return (end-1)/per + 1 }
+	table := int64(0) // clusters of a new table
+	if entries := im.g.ClusterSize() / 8; blocks(last) > int64(len(r.table)) {
+		for table*entries < blocks(last+table)*5/4 {
+			table++
+		}
+		if table<<bits > maxRefcountTable {
+			return fmt.Errorf("qcow2 image %s cannot become larger: its refcount table would exceed %d bytes: %w", im.f.Path(), maxRefcountTable, unix.EFBIG)
+		}
+		last += table
+	}
+	var have []*refblock // by index from that of first; nil for new ones
+	defer func() {
+		r.mu.Lock()
+		for _, b := range have {
+			if b != nil {
+				b.users--
+			}
+		}
+		r.mu.Unlock()
+	}()
+	for index := first / per; index < blocks(last); index++ {
+		b, err := im.loadBlock(index)
+		if err != nil {
+			return err
+		}
+		have = append(have, b)
+	}
+	if err := im.f.Resize(last << bits); err != nil {
+		return err
+	}
+
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a.end = last
+	used := first
+	if table > 0 {
+		r.gone = append(r.gone, hostRange{r.offset, int64(len(r.table)) * 8})
+		larger := make([]uint64, table<<bits/8)
+		copy(larger, r.table)
+		r.table, r.offset, r.moved = larger, first<<bits, true
+		for used < first+table {
+			r.metadata.add(used)
+			used++
+		}
+	}
+	for i, b := range have {
+		if b == nil {
+			have[i] = im.addBlockLocked(first/per+int64(i), used<<bits)
+			have[i].users++
+			used++
+		}
+	}
+	block := func(c int64) *refblock { return have[c/per-first/per] }
+	for c := first; c < used; c++ {
+		im.setLocked(block(c), c, 1)
+	}
+	for c := used; c < last; c++ {
+		// A damaged image may count what is past its end.
+		if b := block(c); im.g.refcount(b.b, c%per) == 0 && !r.metadata.has(c) {
+			im.readyLocked(b, run{c, 1, true})
+		}
+	}
+	return nil
+}

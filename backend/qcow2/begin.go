@@ -1,0 +1,155 @@
+package qcow2
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// Begin makes the image writable. It is called under the locks, when nothing
+// can refuse any more but what is in the image, and nothing else uses it. What
+// it writes is in an order in which a crash leaves an image that is no worse.
+// progress, which may be nil, tells how much of a repair is done, in bytes.
+// After an error the image is not begun.
+func (im *Image) Begin(progress func(done, total int64)) error {
+	if im.h.Incompatible&Corrupt != 0 {
+		return im.refused(unix.EIO, "it is marked corrupt, and served for reading only; look at it with nbd-export check, and mend it with --repair all")
+	}
+	if im.h.Incompatible&Dirty != 0 {
+		if im.opts.NoRepair {
+			return im.refused(unix.EIO, "it was not closed in order and its refcounts may be wrong; mend it with nbd-export check --repair all")
+		}
+		if err := im.repairDirty(progress); err != nil {
+			return err
+		}
+	}
+	if err := im.readRefcountTable(); err != nil {
+		return err
+	}
+	if err := im.findMetadata(); err != nil {
+		return err
+	}
+	if unknown := im.h.Autoclear &^ knownAutoclear; unknown != 0 {
+		if err := im.f.WriteAt(be64(im.h.Autoclear&^unknown), offAutoclear, false); err != nil {
+			return err
+		}
+		if err := im.f.Sync(); err != nil {
+			return err
+		}
+		im.h.Autoclear &^= unknown
+	}
+	if err := im.makeWhole(); err != nil {
+		return err
+	}
+	im.allowTimer()
+	im.begun.Store(true)
+	return nil
+}
+
+// makeWhole makes the files reach to where their last clusters end.
+func (im *Image) makeWhole() error {
+	a := &im.alloc
+	a.fixed = im.opts.Fixed
+	length := im.f.Length()
+	if whole := im.g.Clusters(length) << im.g.ClusterBits; !a.fixed && whole > length {
+		if err := im.f.Resize(whole); err != nil {
+			return err
+		}
+		length = whole
+	}
+	a.end = length >> im.g.ClusterBits
+	a.old, a.scan = a.end, 0
+	if im.g.External && im.data.Length() < im.Size() {
+		if err := im.data.Resize(im.Size()); err != nil {
+			return fmt.Errorf("the data file of %s is shorter than the disk: %w", im.f.Path(), err)
+		}
+	}
+	return nil
+}
+
+// Settle makes everything durable and the image clean: no cluster is leaked,
+// the file ends where its last cluster does. Nothing but Map and Unmap may run
+// meanwhile. After an error that is no failed sync the image is as usable as
+// before, and Settle can be called again. Afterwards it can go on being used.
+func (im *Image) Settle() error {
+	if !im.begun.Load() {
+		return nil
+	}
+	im.stopTimer()
+	defer im.allowTimer()
+	for {
+		if err := im.Flush(); err != nil {
+			return err
+		}
+		if im.broken.Load() {
+			return im.refused(unix.EIO, "it is marked corrupt")
+		}
+		if !im.dirty() {
+			return im.trim()
+		}
+		// What a read still uses is freed when that has ended, which waits for
+		// storage and for nothing else.
+		im.pauseForPins()
+		if err := im.reclaim(); err != nil {
+			return err
+		}
+	}
+}
+
+// trim cuts off what the file was made longer by and what was not used.
+func (im *Image) trim() error {
+	a, r := &im.alloc, &im.refs
+	if a.fixed {
+		return nil
+	}
+	a.filling.Lock()
+	defer a.filling.Unlock()
+	r.mu.Lock()
+	end := a.end
+	for {
+		cut := false
+		for i := 0; i < len(a.ready); i++ {
+			if x := a.ready[i]; x.first+x.n == end {
+				im.unreadyLocked(i)
+				end, cut = x.first, true
+				break
+			}
+		}
+		if !cut {
+			break
+		}
+	}
+	was := a.end
+	a.end, a.old = end, min(a.old, end)
+	r.mu.Unlock()
+	if end == was {
+		return nil
+	}
+	if err := im.f.Resize(end << im.g.ClusterBits); err != nil {
+		// The clusters are free and the file is a little long.
+		r.mu.Lock()
+		a.end = was
+		r.mu.Unlock()
+		im.opts.Warn(err.Error())
+		return nil
+	}
+	return im.f.Sync()
+}
+
+// unreadyLocked forgets run i of what is ready.
+func (im *Image) unreadyLocked(i int) {
+	a, per := &im.alloc, im.g.refcountsPerBlock()
+	x := a.ready[i]
+	for c := x.first; c < x.first+x.n; c++ {
+		im.refs.blocks[c/per].users--
+	}
+	a.have -= x.n
+	a.ready = append(a.ready[:i], a.ready[i+1:]...)
+}
+
+// Close forgets everything and writes nothing. No other method may be running
+// or called again.
+func (im *Image) Close() {
+	im.begun.Store(false)
+	im.stopTimer()
+}

@@ -1,0 +1,257 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"sync"
+	"sync/atomic"
+)
+
+// L2 tables are kept in slices of up to sliceSize bytes. Who reads an entry
+// follows three pointers and takes no lock; a slice that is thrown out of the
+// cache meanwhile is still what it was (Map is pinned, see pins).
+const sliceSize = 4 << 10
+
+// slice is a part of an L2 table.
+type slice struct {
+	table *table
+	l1    int64 // of the table
+	index int64 // in the table
+
+	ref   atomic.Bool // used since the clock came by
+	users int         // who will change it; cache.mu
+
+	// dirty: it differs from the file. unsynced: it did when the last flush
+	// that ended began, or does now.
+	dirty, unsynced atomic.Bool
+
+	mu sync.Mutex // of who changes words, and of who reads pairs of them
+	// words are entries; where entries are extended each is followed by its
+	// bits. Single words are read without mu.
+	words []uint64
+}
+
+// table holds the slices of an L2 table.
+type table struct {
+	slices []atomic.Pointer[slice]
+	// fresh: the L1 table in the file does not name the table yet, whose
+	// cluster reads as zeros where it was not written. cache.mu.
+	fresh bool
+}
+
+// cache is what of the L2 tables is in memory.
+//
+// Lock order: Image.tables, flusher.running, allocator.filling (during I/O);
+// cache.mu, slice.mu, cache.dirtyMu, refcounts.mu, freeing.mu (never during
+// I/O).
+type cache struct {
+	mu      sync.Mutex
+	limit   int // slices
+	ring    []*slice
+	hand    int
+	loading map[[2]int64]*load
+
+	dirtyMu sync.Mutex // leaf
+	dirty   []*slice
+	l1      []int64 // dirty entries of the L1 table
+}
+
+type load struct {
+	done chan struct{}
+	s    *slice
+	err  error
+}
+
+// find returns the slice with the entry for guest offset off, and the index of
+// that entry in it. nil means that there is no table, so that nothing is
+// allocated.
+func (im *Image) find(off int64, mode Mode) (*slice, int, error) {
+	l1 := off >> im.l1Shift
+	index := off >> im.g.ClusterBits & (im.g.L2Entries() - 1)
+	if t := im.dirs[l1].Load(); t != nil {
+		if s := t.slices[index>>im.sliceBits].Load(); s != nil {
+			if !s.ref.Load() {
+				s.ref.Store(true)
+			}
+			return s, int(index & (1<<im.sliceBits - 1)), nil
+		}
+	}
+	if atomic.LoadUint64(&im.l1[l1]) == 0 {
+		return nil, 0, nil
+	}
+	if mode&MayBlock == 0 {
+		return nil, 0, ErrWait
+	}
+	s, err := im.load(l1, index>>im.sliceBits)
+	return s, int(index & (1<<im.sliceBits - 1)), err
+}
+
+// cell reads entry i.
+func (im *Image) cell(s *slice, i int) cell {
+	if !im.g.Extended {
+		return cell{entry: atomic.LoadUint64(&s.words[i])}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return cell{s.words[2*i], s.words[2*i+1]}
+}
+
+// setCell changes entry i of a slice that is held.
+func (im *Image) setCell(s *slice, i int, c cell) {
+	s.mu.Lock()
+	if im.g.Extended {
+		s.words[2*i], s.words[2*i+1] = c.entry, c.bits
+	} else {
+		atomic.StoreUint64(&s.words[i], c.entry)
+	}
+	im.dirtyLocked(s)
+	s.mu.Unlock()
+	im.startTimer()
+}
+
+// dirtyLocked marks a slice under its mu: who sees it marked knows that it is
+// in the list, so that the flush that takes what that one drops later has a
+// copy of the slice without it.
+func (im *Image) dirtyLocked(s *slice) {
+	s.unsynced.Store(true)
+	if s.dirty.Swap(true) {
+		return
+	}
+	im.cache.dirtyMu.Lock()
+	im.cache.dirty = append(im.cache.dirty, s)
+	im.cache.dirtyMu.Unlock()
+}
+
+// hold keeps the slice that has off's entry in memory until release, for
+// setCell. It fails if the slice is not in memory, or there is no table.
+func (im *Image) hold(off int64) (*slice, int, bool) {
+	l1 := off >> im.l1Shift
+	index := off >> im.g.ClusterBits & (im.g.L2Entries() - 1)
+	t := im.dirs[l1].Load()
+	if t == nil {
+		return nil, 0, false
+	}
+	im.cache.mu.Lock()
+	defer im.cache.mu.Unlock()
+	s := t.slices[index>>im.sliceBits].Load()
+	if s == nil {
+		return nil, 0, false
+	}
+	s.users++
+	return s, int(index & (1<<im.sliceBits - 1)), true
+}
+
+func (im *Image) release(s *slice) {
+	im.cache.mu.Lock()
+	s.users--
+	im.cache.mu.Unlock()
+}
+
+// load brings a slice into memory; one goroutine reads it for all who want it,
+// so that nobody brings in what was read before a change.
+func (im *Image) load(l1, index int64) (*slice, error) {
+	if im.crowded() {
+		if err := im.Flush(); err != nil {
+			return nil, err
+		}
+	}
+	c := &im.cache
+	c.mu.Lock()
+	t := im.dirs[l1].Load()
+	if t == nil {
+		t = im.newTable()
+		im.dirs[l1].Store(t)
+	}
+	if s := t.slices[index].Load(); s != nil {
+		c.mu.Unlock()
+		return s, nil
+	}
+	key := [2]int64{l1, index}
+	if l := c.loading[key]; l != nil {
+		c.mu.Unlock()
+		<-l.done
+		return l.s, l.err
+	}
+	l := &load{done: make(chan struct{})}
+	c.loading[key] = l
+	fresh := t.fresh
+	c.mu.Unlock()
+
+	s := &slice{table: t, l1: l1, index: index, words: make([]uint64, im.sliceWords)}
+	if !fresh {
+		l.err = im.readSlice(s)
+	}
+	c.mu.Lock()
+	if l.err == nil {
+		l.s = s
+		s.ref.Store(true)
+		im.admitLocked(s)
+	}
+	delete(c.loading, key)
+	c.mu.Unlock()
+	close(l.done)
+	return l.s, l.err
+}
+
+func (im *Image) newTable() *table {
+	return &table{slices: make([]atomic.Pointer[slice], im.g.L2Entries()>>im.sliceBits)}
+}
+
+// admitLocked puts a slice into the cache, in the place of one that is not
+// needed if there are enough.
+func (im *Image) admitLocked(s *slice) {
+	c := &im.cache
+	s.table.slices[s.index].Store(s)
+	if len(c.ring) < c.limit {
+		c.ring = append(c.ring, s)
+		return
+	}
+	for range 2*len(c.ring) + 1 {
+		c.hand = (c.hand + 1) % len(c.ring)
+		old := c.ring[c.hand]
+		if old.users > 0 || old.dirty.Load() || old.unsynced.Load() || old.ref.Swap(false) {
+			continue
+		}
+		old.table.slices[old.index].Store(nil)
+		c.ring[c.hand] = s
+		return
+	}
+	c.ring = append(c.ring, s) // all are needed
+}
+
+// crowded reports whether so much of the cache is dirty that it has to be
+// flushed before more comes in.
+func (im *Image) crowded() bool {
+	c := &im.cache
+	c.dirtyMu.Lock()
+	defer c.dirtyMu.Unlock()
+	return len(c.dirty) > c.limit/2
+}
+
+// readSlice reads and checks a slice.
+func (im *Image) readSlice(s *slice) error {
+	l1 := atomic.LoadUint64(&im.l1[s.l1])
+	off := hostOffset(l1)
+	if l1&l1Reserved != 0 || !im.g.tableOK(off) || off > im.f.Length()-im.g.ClusterSize() {
+		return im.odd("entry %d of the L1 table, %#x, names no L2 table", s.l1, l1)
+	}
+	raw := make([]byte, 8*len(s.words))
+	if err := im.f.ReadAt(raw, off+s.index*int64(len(raw))); err != nil {
+		return err
+	}
+	for i := range s.words {
+		s.words[i] = binary.BigEndian.Uint64(raw[8*i:])
+	}
+	if i, what := im.badCell(s); what != "" {
+		return im.odd("entry %d of the L2 table at %#x: %s", s.index<<im.sliceBits+int64(i), off, what)
+	}
+	return nil
+}
+
+// encode is the slice as the file has it.
+func (s *slice) encode() []byte {
+	raw := make([]byte, 8*len(s.words))
+	for i, w := range s.words {
+		binary.BigEndian.PutUint64(raw[8*i:], w)
+	}
+	return raw
+}

@@ -1,0 +1,47 @@
+package qcow2
+
+import (
+	"maps"
+	"slices"
+)
+
+// counts are how often host clusters are named, by number. They take 16 KiB of
+// memory for each neighbourhood of 4096 clusters that has any.
+type counts map[int64]*[countsPage]uint32
+
+const countsPage = 4096
+
+func (s counts) get(c int64) uint32 {
+	if p := s[c/countsPage]; p != nil {
+		return p[c%countsPage]
+	}
+	return 0
+}
+
+func (s counts) add(c int64) {
+	p := s[c/countsPage]
+	if p == nil {
+		p = new([countsPage]uint32)
+		s[c/countsPage] = p
+	}
+	if p[c%countsPage] < 1<<32-1 {
+		p[c%countsPage]++
+	}
+}
+
+// pages are the numbers of the neighbourhoods, in ascending order.
+func (s counts) pages() []int64 { return slices.Sorted(maps.Keys(s)) }
+
+// end is the number after the last cluster that is named.
+func (s counts) end() int64 {
+	pages := s.pages()
+	for i := len(pages) - 1; i >= 0; i-- {
+		p := s[pages[i]]
+		for c := countsPage - 1; c >= 0; c-- {
+			if p[c] > 0 {
+				return pages[i]*countsPage + int64(c) + 1
+			}
+		}
+	}
+	return 0
+}

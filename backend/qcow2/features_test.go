@@ -1,0 +1,227 @@
+package qcow2
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend/qcow2/memfile"
+)
+
+// noise is n bytes of which none is zero.
+func noise(rng *rand.Rand, n int64) []byte {
+	p := make([]byte, n)
+	for i := range p {
+		p[i] = byte(rng.Uint32() | 1)
+	}
+	return p
+}
+
+func TestCopyOnWriteFromBackingFiles(t *testing.T) {
+	const size = 300 << 10
+	for name, c := range map[string]struct {
+		base    int64
+		options []string
+	}{
+		"raw, equal":             {size, []string{"cluster_size=4k"}},
+		"raw, shorter":           {100<<10 + 512, []string{"cluster_size=4k"}},
+		"raw, longer":            {400 << 10, []string{"cluster_size=4k"}},
+		"extended":               {100<<10 + 512, []string{"cluster_size=16k", "extended_l2=on"}},
+		"version 2":              {100<<10 + 512, []string{"cluster_size=4k", "compat=0.10"}},
+		"qcow2 between, of 512":  {100<<10 + 512, []string{"cluster_size=64k"}},
+		"qcow2 between, shorter": {100<<10 + 512, []string{"cluster_size=4k"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for seed := range uint64(4) {
+				rng := rand.New(rand.NewPCG(seed, 8))
+				base := memfile.New("base", noise(rng, c.base))
+				shadow := make([]byte, size)
+				copy(shadow, base.Bytes())
+				b := NewRawBacking(base)
+				if strings.HasPrefix(name, "qcow2") {
+					middle := int64(size)
+					if strings.HasSuffix(name, "shorter") {
+						middle = 80 << 10
+					}
+					clear(shadow[min(middle, size):])
+					f := made(t, fmt.Sprint(middle), "cluster_size=512")
+					im := begun(t, f, Options{Backing: b})
+					p := noise(rng, 9000)
+					copy(shadow[3000:], p)
+					if err := errors.Join(im.writeAt(p, 3000), im.Settle()); err != nil {
+						t.Fatal(err)
+					}
+					b = opened(t, f, Options{Backing: b}).AsBacking()
+				}
+				f := made(t, fmt.Sprint(size), c.options...)
+				im := begun(t, f, Options{Backing: b})
+				shadowed(t, im, shadow, rng, 300)
+				checked(t, f.Bytes(), true)
+				if t.Failed() {
+					t.Fatalf("seed %d", seed)
+				}
+			}
+		})
+	}
+}
+
+func TestCompressedClusters(t *testing.T) {
+	for _, typ := range []string{"zlib", "zstd"} {
+		for _, cluster := range []string{"4k", "64k", "2M"} {
+			for _, extended := range []string{"off", "on"} {
+				if extended == "on" && cluster == "4k" {
+					continue
+				}
+				t.Run(typ+" "+cluster+" "+extended, func(t *testing.T) {
+					rng := rand.New(rand.NewPCG(1, 9))
+					dir := t.TempDir()
+					// Compressible, and not.
+					disk := bytes.Repeat(noise(rng, 37), 1<<20/37)
+					copy(disk[100<<10:], noise(rng, 300<<10))
+					disk = append(disk, make([]byte, 1<<20-len(disk)+512)...)
+					raw, path := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "c.qcow2")
+					if err := os.WriteFile(raw, disk, 0o600); err != nil {
+						t.Fatal(err)
+					}
+					qemuImg(t, "convert", "-c", "-O", "qcow2", "-o", "compression_type="+typ+",extended_l2="+extended+",cluster_size="+cluster, raw, path)
+					f := loaded(t, path)
+					p := make([]byte, len(disk))
+					if err := opened(t, f, Options{}).readAt(p, 0); err != nil || !bytes.Equal(p, disk) {
+						t.Fatalf("read: %v, differs at %d", err, differs(p, disk))
+					}
+					im := begun(t, f, Options{})
+					shadowed(t, im, disk, rng, 200)
+					checked(t, f.Bytes(), true)
+				})
+			}
+		}
+	}
+}
+
+func TestDamagedCompressedCluster(t *testing.T) {
+	dir := t.TempDir()
+	raw, path := filepath.Join(dir, "disk.raw"), filepath.Join(dir, "c.qcow2")
+	if err := os.WriteFile(raw, bytes.Repeat([]byte("abc"), 100000), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, typ := range []string{"zlib", "zstd"} {
+		qemuImg(t, "convert", "-c", "-O", "qcow2", "-o", "compression_type="+typ, raw, path)
+		f := loaded(t, path)
+		var p Plan
+		im := opened(t, f, Options{})
+		if err := im.Map(&p, 0, 4096, MayBlock); err != nil {
+			t.Fatal(err)
+		}
+		off, _ := im.g.compressed(p.Extents[0].Entry)
+		if err := f.WriteAt(bytes.Repeat([]byte{0xff}, 40), off, false); err != nil {
+			t.Fatal(err)
+		}
+		err := im.ReadCompressed(&p, 0, 0, make([]byte, 4096))
+		if !errors.Is(err, unix.EIO) || !strings.Contains(err.Error(), "cannot be decompressed") {
+			t.Errorf("%s: %v", typ, err)
+		}
+	}
+}
+
+func TestInternalSnapshots(t *testing.T) {
+	for _, options := range []string{"cluster_size=4k", "cluster_size=16k,extended_l2=on", "cluster_size=64k", "compat=0.10"} {
+		t.Run(options, func(t *testing.T) {
+			rng := rand.New(rand.NewPCG(2, 9))
+			path := filepath.Join(t.TempDir(), "s.qcow2")
+			const size = 500 << 10
+			qemuImg(t, "create", "-q", "-f", "qcow2", "-o", options, path, fmt.Sprint(size))
+			disk := make([]byte, size)
+			for i := range 3 {
+				f := loaded(t, path)
+				im := begun(t, f, Options{})
+				shadowed(t, im, disk, rng, 60)
+				if err := os.WriteFile(path, f.Bytes(), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				qemuImg(t, "snapshot", "-c", fmt.Sprintf("snap%d", i), path)
+				was := bytes.Clone(disk)
+
+				f = loaded(t, path)
+				im = begun(t, f, Options{})
+				shadowed(t, im, disk, rng, 150)
+				checked(t, f.Bytes(), true)
+				s, err := im.Snapshot(fmt.Sprintf("snap%d", i))
+				if err != nil {
+					t.Fatal(err)
+				}
+				p := make([]byte, size)
+				if err := s.readAt(p, 0); err != nil || !bytes.Equal(p, was) {
+					t.Fatalf("the snapshot has changed: %v, at %d", err, differs(p, was))
+				}
+				if err := os.WriteFile(path, f.Bytes(), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if _, err := opened(t, loaded(t, path), Options{}).Snapshot("none"); !errors.Is(err, unix.ENOENT) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+}
+
+func TestExternalDataFile(t *testing.T) {
+	for _, raw := range []bool{false, true} {
+		for _, options := range []string{"cluster_size=4k", "cluster_size=16k,extended_l2=on"} {
+			t.Run(fmt.Sprintf("%s-%v", strings.ReplaceAll(options, ",", "-"), raw), func(t *testing.T) {
+				for seed := range uint64(4) {
+					rng := rand.New(rand.NewPCG(seed, 10))
+					dir := t.TempDir()
+					path, dataPath := filepath.Join(dir, "d.qcow2"), filepath.Join(dir, "data")
+					o := options + ",data_file=" + dataPath
+					if raw {
+						o += ",data_file_raw=on"
+					}
+					size := int64(300<<10 + 512)
+					qemuImg(t, "create", "-q", "-f", "qcow2", "-o", o, path, fmt.Sprint(size))
+					f, data := loaded(t, path), loaded(t, dataPath)
+					im := begun(t, f, Options{Data: data})
+					shadow := make([]byte, size)
+					shadowed(t, im, shadow, rng, 300)
+					if err := os.WriteFile(dataPath, data.Bytes(), 0o600); err != nil {
+						t.Fatal(err)
+					}
+					checked(t, f.Bytes(), true)
+					if raw && !bytes.Equal(data.Bytes()[:size], shadow) {
+						t.Errorf("the data file does not read as the disk")
+					}
+				}
+			})
+		}
+	}
+}
+
+func TestResize(t *testing.T) {
+	for _, options := range []string{"cluster_size=512", "cluster_size=64k", "cluster_size=16k,extended_l2=on"} {
+		rng := rand.New(rand.NewPCG(3, 9))
+		base := memfile.New("base", noise(rng, 400<<10))
+		f := made(t, "100k", options)
+		im := begun(t, f, Options{Backing: NewRawBacking(base)})
+		shadow := make([]byte, 100<<10)
+		copy(shadow, base.Bytes())
+		shadowed(t, im, shadow, rng, 100)
+		if err := im.Resize(50 << 10); !errors.Is(err, unix.EOPNOTSUPP) {
+			t.Errorf("smaller: %v", err)
+		}
+		if err := im.Resize(5 << 20); err != nil {
+			t.Fatal(err)
+		}
+		shadow = append(shadow, make([]byte, 5<<20-len(shadow))...)
+		shadowed(t, im, shadow, rng, 200)
+		checked(t, f.Bytes(), true)
+		if h, err := ReadHeader(f); err != nil || h.Size != 5<<20 {
+			t.Errorf("%v %+v", err, h)
+		}
+	}
+}

@@ -1,0 +1,317 @@
+package qcow2
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Incompatible features (section "Header"): who does not know one must not
+// open the image.
+const (
+	Dirty       = 1 << 0 // refcounts may be wrong
+	Corrupt     = 1 << 1 // only reading is allowed
+	DataFile    = 1 << 2 // guest clusters are in another file
+	Compression = 1 << 3 // compression type is not zlib
+	ExtendedL2  = 1 << 4 // L2 entries have subclusters
+
+	knownIncompatible = Dirty | Corrupt | DataFile | Compression | ExtendedL2
+)
+
+// LazyRefcounts is the compatible feature that allows refcounts to be wrong
+// while the image is Dirty.
+const LazyRefcounts = 1 << 0
+
+// Autoclear features: who does not know one clears it with the first write.
+const (
+	BitmapsConsistent = 1 << 0 // the bitmaps extension can be trusted
+	DataFileRaw       = 1 << 1 // the data file reads as a raw image
+
+	knownAutoclear = BitmapsConsistent | DataFileRaw
+)
+
+// Compression types.
+const (
+	Zlib = 0
+	Zstd = 1
+)
+
+const (
+	magic         = 0x514649fb // "QFI\xfb"
+	headerLength2 = 72
+	headerLength3 = 104
+
+	extEnd           = 0
+	extBackingFormat = 0xe2792aca
+	extFeatureNames  = 0x6803f857
+	extBitmaps       = 0x23852875
+	extEncryption    = 0x0537be77
+	extDataFile      = 0x44415441
+
+	// What QEMU (block/qcow2.h) takes at most, and so do we: hostile images
+	// cost no more memory than that.
+	minClusterBits   = 9
+	maxClusterBits   = 21
+	maxL1Size        = 32 << 20 // bytes
+	maxRefcountTable = 8 << 20  // bytes
+	maxSnapshots     = 65536
+	maxBackingName   = 1023
+)
+
+// Offsets in the header of fields that are written on their own.
+const (
+	offL1Size        = 36
+	offL1Offset      = 40
+	offRefcountTable = 48
+	offSize          = 24
+	offIncompatible  = 72
+	offAutoclear     = 88
+)
+
+// Header is a decoded header with its extensions.
+type Header struct {
+	Version     int // 2 or 3
+	ClusterBits int
+	Size        int64 // of the guest's disk, bytes
+
+	L1Entries       int   // of the active L1 table
+	L1Offset        int64 // bytes
+	RefcountOffset  int64 // of the refcount table, bytes
+	RefcountLength  int64 // of the refcount table, clusters
+	RefcountOrder   int   // a refcount has 1<<RefcountOrder bits
+	Snapshots       int
+	SnapshotsOffset int64
+
+	Incompatible, Compatible, Autoclear uint64
+	CompressionType                     uint8
+	Length                              int // of the fixed part in bytes
+
+	// Backing file name as it stands in the header, "" for none.
+	Backing       string
+	BackingOffset int64
+	// BackingFormat is "" where none is recorded.
+	BackingFormat string
+	// DataFileName is "" where none is recorded.
+	DataFileName string
+	// FeatureNames are those of the feature name table by type<<8|bit.
+	FeatureNames map[uint16]string
+	Bitmaps      *BitmapsExtension // nil for none
+	// Extensions are all, in order, as they stand in the file.
+	Extensions []Extension
+}
+
+// Extension is a header extension; Data is not padded.
+type Extension struct {
+	Type uint32
+	Data []byte
+}
+
+// BitmapsExtension says where the bitmap directory is (section "Bitmaps
+// extension").
+type BitmapsExtension struct {
+	Count           int
+	DirectorySize   int64 // bytes
+	DirectoryOffset int64
+}
+
+// FormatError says that an image is not well-formed, or uses what is not
+// served.
+type FormatError struct {
+	Path string
+	What string
+	// Unsupported: the image may be fine; otherwise it is damaged.
+	Unsupported bool
+}
+
+func (e *FormatError) Error() string {
+	return fmt.Sprintf("qcow2 image %s: %s", e.Path, e.What)
+}
+
+// Unwrap is EOPNOTSUPP for what is not supported, and EIO for damage.
+func (e *FormatError) Unwrap() error {
+	if e.Unsupported {
+		return unix.EOPNOTSUPP
+	}
+	return unix.EIO
+}
+
+// ReadHeader reads and checks the header of f. It writes nothing. The error
+// is a *FormatError, or what reading said.
+func ReadHeader(f File) (*Header, error) {
+	damaged := func(format string, args ...any) error {
+		return &FormatError{Path: f.Path(), What: fmt.Sprintf(format, args...)}
+	}
+	unsupported := func(format string, args ...any) error {
+		return &FormatError{Path: f.Path(), What: fmt.Sprintf(format, args...), Unsupported: true}
+	}
+	var fixed [headerLength3 + 8]byte
+	n := min(int64(len(fixed)), f.Length())
+	if n < headerLength2 {
+		return nil, damaged("it has only %d bytes, which is too short for a header; it was cut off, or is not qcow2", f.Length())
+	}
+	if err := f.ReadAt(fixed[:n], 0); err != nil {
+		return nil, err
+	}
+	be := binary.BigEndian
+	if be.Uint32(fixed[0:]) != magic {
+		return nil, damaged("it does not begin with qcow2's magic number; it is of another format")
+	}
+	h := &Header{Version: int(be.Uint32(fixed[4:]))}
+	if h.Version != 2 && h.Version != 3 {
+		return nil, unsupported("version %d is not known; versions 2 and 3 are", h.Version)
+	}
+	bits := be.Uint32(fixed[20:])
+	if bits < minClusterBits || bits > maxClusterBits {
+		return nil, damaged("cluster size 2^%d is not between 512 bytes and 2 MiB", bits)
+	}
+	h.ClusterBits = int(bits)
+	cluster := int64(1) << bits
+	size := be.Uint64(fixed[24:])
+	if size > 1<<63-1-uint64(cluster) {
+		return nil, damaged("a disk of %d bytes is too large", size)
+	}
+	h.Size = int64(size)
+	if m := be.Uint32(fixed[32:]); m != 0 {
+		name := fmt.Sprintf("method %d", m)
+		switch m {
+		case 1:
+			name = "AES"
+		case 2:
+			name = "LUKS"
+		}
+		return nil, unsupported("it is encrypted (%s), which nbd-export does not serve; serve it with qemu-nbd, or convert it with qemu-img", name)
+	}
+	h.RefcountOrder, h.Length = 4, headerLength2
+	if h.Version == 3 {
+		if n < headerLength3 {
+			return nil, damaged("it has only %d bytes, which is too short for a header", n)
+		}
+		h.Incompatible, h.Compatible, h.Autoclear = be.Uint64(fixed[72:]), be.Uint64(fixed[80:]), be.Uint64(fixed[88:])
+		order, length := be.Uint32(fixed[96:]), be.Uint32(fixed[100:])
+		if order > 6 {
+			return nil, damaged("refcounts of 2^%d bits are wider than 64", order)
+		}
+		if length < headerLength3 || int64(length) > cluster {
+			return nil, damaged("a header of %d bytes is not possible", length)
+		}
+		h.RefcountOrder, h.Length = int(order), int(length)
+		if length > headerLength3 && n > headerLength3 {
+			h.CompressionType = fixed[104]
+		}
+	}
+
+	// The rest is in the first cluster, which may be cut off in a file
+	// without any data.
+	first := make([]byte, min(cluster, f.Length()))
+	if err := f.ReadAt(first, 0); err != nil {
+		return nil, err
+	}
+	if h.Length > len(first) {
+		return nil, damaged("its header of %d bytes is cut off", h.Length)
+	}
+	end := int64(len(first))
+	if off, n := be.Uint64(fixed[8:]), be.Uint32(fixed[16:]); off != 0 {
+		if n > maxBackingName || off > uint64(end) || uint64(n) > uint64(end)-off || off < uint64(h.Length) {
+			return nil, damaged("the backing file's name (%d bytes at %d) does not lie in the first cluster", n, off)
+		}
+		h.Backing, h.BackingOffset = string(first[off:off+uint64(n)]), int64(off)
+		if strings.ContainsRune(h.Backing, 0) {
+			return nil, damaged("the backing file's name has a zero byte")
+		}
+		end = int64(off)
+	}
+	if err := h.readExtensions(first[h.Length:end], damaged); err != nil {
+		return nil, err
+	}
+	if unknown := h.Incompatible &^ knownIncompatible; unknown != 0 {
+		var names []string
+		for bit := range 64 {
+			if unknown>>bit&1 != 0 {
+				name := h.FeatureNames[uint16(bit)]
+				if name == "" {
+					name = fmt.Sprintf("bit %d", bit)
+				}
+				names = append(names, name)
+			}
+		}
+		return nil, unsupported("it uses features that nbd-export does not know: %s", strings.Join(names, ", "))
+	}
+	switch {
+	case h.CompressionType > Zstd:
+		return nil, unsupported("compression type %d is not known; zlib and zstd are", h.CompressionType)
+	case (h.CompressionType != Zlib) != (h.Incompatible&Compression != 0):
+		return nil, damaged("compression type %d and the feature bit for it contradict each other", h.CompressionType)
+	case h.Incompatible&ExtendedL2 != 0 && h.ClusterBits < 14:
+		return nil, damaged("subclusters need clusters of 16 KiB or more, and these have %d bytes", cluster)
+	case h.Incompatible&DataFile == 0 && h.Autoclear&DataFileRaw != 0 && h.Version == 3:
+		h.Autoclear &^= DataFileRaw // as QEMU: it means nothing here
+	}
+
+	h.L1Entries, h.L1Offset = int(be.Uint32(fixed[36:])), int64(be.Uint64(fixed[40:]))
+	h.RefcountOffset, h.RefcountLength = int64(be.Uint64(fixed[48:])), int64(be.Uint32(fixed[56:]))
+	h.Snapshots, h.SnapshotsOffset = int(be.Uint32(fixed[60:])), int64(be.Uint64(fixed[64:]))
+	g := h.Geometry()
+	need := g.L1Needed(h.Size)
+	switch {
+	case int64(h.L1Entries)*8 > maxL1Size:
+		return nil, damaged("an L1 table of %d entries is too large", h.L1Entries)
+	case need > int64(h.L1Entries):
+		return nil, damaged("its L1 table has %d entries, and a disk of %d bytes needs %d", h.L1Entries, h.Size, need)
+	case h.L1Entries > 0 && !g.tableOK(h.L1Offset):
+		return nil, damaged("the L1 table's offset %#x is not the beginning of a cluster", uint64(h.L1Offset))
+	case h.RefcountLength == 0:
+		return nil, damaged("it has no refcount table")
+	case h.RefcountLength > maxRefcountTable>>bits:
+		return nil, damaged("a refcount table of %d clusters is too large", h.RefcountLength)
+	case !g.tableOK(h.RefcountOffset):
+		return nil, damaged("the refcount table's offset %#x is not the beginning of a cluster", uint64(h.RefcountOffset))
+	case h.Snapshots > maxSnapshots:
+		return nil, damaged("%d internal snapshots are too many", h.Snapshots)
+	case h.Snapshots > 0 && !g.tableOK(h.SnapshotsOffset):
+		return nil, damaged("the snapshot table's offset %#x is not the beginning of a cluster", uint64(h.SnapshotsOffset))
+	}
+	return h, nil
+}
+
+// readExtensions decodes the extensions in b.
+func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) error {
+	be := binary.BigEndian
+	for len(b) >= 8 {
+		typ, n := be.Uint32(b), int64(be.Uint32(b[4:]))
+		if typ == extEnd {
+			return nil
+		}
+		b = b[8:]
+		if n > int64(len(b)) {
+			return damaged("header extension %#x of %d bytes reaches past the header", typ, n)
+		}
+		e := Extension{Type: typ, Data: bytes.Clone(b[:n])}
+		h.Extensions = append(h.Extensions, e)
+		b = b[min((n+7)&^7, int64(len(b))):]
+		switch typ {
+		case extBackingFormat:
+			h.BackingFormat = string(e.Data)
+		case extDataFile:
+			h.DataFileName = string(e.Data)
+		case extFeatureNames:
+			h.FeatureNames = make(map[uint16]string)
+			for r := e.Data; len(r) >= 48; r = r[48:] {
+				name, _, _ := bytes.Cut(r[2:48], []byte{0})
+				h.FeatureNames[uint16(r[0])<<8|uint16(r[1])] = string(name)
+			}
+		case extBitmaps:
+			if n != 24 {
+				return damaged("its bitmaps extension has %d bytes instead of 24", n)
+			}
+			h.Bitmaps = &BitmapsExtension{
+				Count:           int(be.Uint32(e.Data)),
+				DirectorySize:   int64(be.Uint64(e.Data[8:])),
+				DirectoryOffset: int64(be.Uint64(e.Data[16:])),
+			}
+		}
+	}
+	return nil
+}

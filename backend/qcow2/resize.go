@@ -1,0 +1,128 @@
+package qcow2
+
+import (
+	"encoding/binary"
+	"fmt"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// Resize makes the disk larger; what is new reads as zeros. Nothing else may
+// run meanwhile. After an error the disk is what it was.
+func (im *Image) Resize(size int64) error {
+	if err := im.writable(); err != nil {
+		return err
+	}
+	old := im.Size()
+	switch {
+	case size == old:
+		return nil
+	case size < old:
+		return fmt.Errorf("qcow2 image %s cannot be made smaller while it is in use, use qemu-img resize --shrink: %w", im.f.Path(), unix.EOPNOTSUPP)
+	case size%512 != 0:
+		return fmt.Errorf("qcow2 image %s: a size of %d bytes is no multiple of 512: %w", im.f.Path(), size, unix.EINVAL)
+	case im.h.Bitmaps != nil:
+		return fmt.Errorf("qcow2 image %s has persistent bitmaps, which fit its size; remove them with qemu-img bitmap --remove, or resize it with qemu-img: %w", im.f.Path(), unix.EOPNOTSUPP)
+	case im.h.Snapshots > 0 && im.h.Version < 3:
+		return fmt.Errorf("qcow2 image %s of version 2 has internal snapshots, which do not record their size: %w", im.f.Path(), unix.EOPNOTSUPP)
+	}
+	if err := im.Flush(); err != nil {
+		return err
+	}
+	if need := im.g.L1Needed(size); need > int64(im.h.L1Entries) {
+		if err := im.growL1(need); err != nil {
+			return err
+		}
+	}
+	if im.g.External && im.data.Length() < size {
+		if err := im.data.Resize(size); err != nil {
+			return err
+		}
+	}
+	im.h.Size = size
+	// What is behind the image must not come to light.
+	if b := im.opts.Backing; b != nil && b.Size() > old {
+		if err := im.Zero(old, min(b.Size(), size)-old, false); err != nil {
+			im.h.Size = old
+			return err
+		}
+		if err := im.Flush(); err != nil {
+			im.h.Size = old
+			return err
+		}
+	}
+	err := im.f.WriteAt(be64(uint64(size)), offSize, false)
+	if err == nil {
+		err = im.f.Sync()
+	}
+	if err != nil {
+		im.h.Size = old
+	}
+	return err
+}
+
+// growL1 makes a larger L1 table in a new place.
+func (im *Image) growL1(need int64) error {
+	if 8*need > maxL1Size {
+		return fmt.Errorf("qcow2 image %s cannot become that large with clusters of %d bytes: %w", im.f.Path(), im.g.ClusterSize(), unix.EFBIG)
+	}
+	clusters := im.g.Clusters(8 * need)
+	host, err := im.takeNeighbours(clusters)
+	if err != nil {
+		return err
+	}
+	entries := clusters << im.g.ClusterBits / 8
+	raw := make([]byte, 0, 8*entries)
+	for _, e := range im.l1 {
+		raw = binary.BigEndian.AppendUint64(raw, e)
+	}
+	raw = raw[:8*entries]
+	im.refs.mu.Lock()
+	for c := range clusters {
+		im.refs.metadata.add(host>>im.g.ClusterBits + c)
+	}
+	im.refs.mu.Unlock()
+	if err := im.writeTable(raw, host); err != nil {
+		return err
+	}
+	// The refcounts of the new table first.
+	if err := im.Flush(); err != nil {
+		return err
+	}
+	field := binary.BigEndian.AppendUint32(nil, uint32(entries))
+	field = binary.BigEndian.AppendUint64(field, uint64(host))
+	if err := im.f.WriteAt(field, offL1Size, false); err != nil {
+		return err
+	}
+	if err := im.f.Sync(); err != nil {
+		return err
+	}
+	im.drop(hostRange{im.h.L1Offset, im.g.Clusters(8*int64(im.h.L1Entries)) << im.g.ClusterBits})
+	im.h.L1Entries, im.h.L1Offset = int(entries), host
+	l1, dirs := make([]uint64, entries), make([]atomic.Pointer[table], entries)
+	copy(l1, im.l1)
+	for i := range im.dirs {
+		dirs[i].Store(im.dirs[i].Load())
+	}
+	im.l1, im.dirs = l1, dirs
+	return nil
+}
+
+// takeNeighbours takes n clusters that lie side by side.
+func (im *Image) takeNeighbours(n int64) (host int64, err error) {
+	for try := 0; ; try++ {
+		got, err := im.take(n, MayBlock)
+		if err != nil {
+			return 0, err
+		}
+		if got.n == n {
+			return got.first << im.g.ClusterBits, nil
+		}
+		// What is ready is in pieces; the end of the file is not.
+		defer im.giveBack(hostRange{got.first << im.g.ClusterBits, got.n << im.g.ClusterBits})
+		if try == 1<<16 || im.alloc.fixed && try == 1<<10 {
+			return 0, fmt.Errorf("qcow2 image %s has no %d free clusters side by side: %w", im.f.Path(), n, unix.ENOSPC)
+		}
+	}
+}
