@@ -26,7 +26,8 @@ type allocator struct {
 	old   int64 // in clusters: where the file ended at Begin; only up to here it is looked at
 	end   int64 // in clusters: where the file ends
 
-	fixed bool // the file cannot become longer
+	fixed bool  // the file cannot become longer
+	least int64 // bytes by which it becomes longer; growMin but in tests
 }
 
 // run is a run of free host clusters.
@@ -40,7 +41,8 @@ const (
 	// makes the file longer: finding all free clusters of a large image first
 	// would keep a write waiting.
 	scanBlocks = 16
-	// The file becomes longer by an eighth, within these bounds in bytes.
+	// The file becomes longer by an eighth, within these bounds in bytes. It is
+	// sparse, so that the surplus costs nothing but a longer file after a crash.
 	growMin = 1 << 20
 	growMax = 64 << 20
 )
@@ -175,7 +177,7 @@ func (im *Image) scanBlock(index int64) (more bool, err error) {
 func (im *Image) grow(n int64) error {
 	a, r, bits, per := &im.alloc, &im.refs, im.g.ClusterBits, im.g.refcountsPerBlock()
 	first := a.end
-	n = max(n, min(max(first<<bits/8, growMin), growMax)>>bits) + 2
+	n = max(n, min(max(min(first<<bits/8, 64*a.least), a.least), growMax)>>bits) + 2
 	last := first + n
 	blocks := func(end int64) int64 { return (end-1)/per + 1 }
 	table := int64(0) // clusters of a new table
@@ -212,29 +214,40 @@ func (im *Image) grow(n int64) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a.end = last
-	used := first
+	block := func(c int64) *refblock { return have[c/per-first/per] }
+	next := first // what may be used for metadata
 	if table > 0 {
 		r.gone = append(r.gone, hostRange{r.offset, int64(len(r.table)) * 8})
 		larger := make([]uint64, table<<bits/8)
 		copy(larger, r.table)
 		r.table, r.offset, r.moved = larger, first<<bits, true
-		for used < first+table {
-			r.metadata.add(used)
-			used++
-		}
+		next += table
+	}
+	var used []int64
+	for c := first; c < next; c++ {
+		r.metadata.add(c)
+		used = append(used, c)
 	}
 	for i, b := range have {
-		if b == nil {
-			have[i] = im.addBlockLocked(first/per+int64(i), used<<bits)
-			have[i].users++
-			used++
+		if b != nil {
+			continue
 		}
+		// A block counts its own cluster: then the table in the file may name
+		// it without any of the others. Only what the header does not lead to
+		// yet can be anywhere.
+		index := first/per + int64(i)
+		if table == 0 {
+			next = max(next, index*per)
+		}
+		have[i] = im.addBlockLocked(index, next<<bits)
+		have[i].users++
+		used = append(used, next)
+		next++
 	}
-	block := func(c int64) *refblock { return have[c/per-first/per] }
-	for c := first; c < used; c++ {
+	for _, c := range used {
 		im.setLocked(block(c), c, 1)
 	}
-	for c := used; c < last; c++ {
+	for c := first; c < last; c++ {
 		// A damaged image may count what is past its end.
 		if b := block(c); im.g.refcount(b.b, c%per) == 0 && !r.metadata.has(c) {
 			im.readyLocked(b, run{c, 1, true})
