@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -39,6 +40,7 @@ type File struct {
 	from   []byte // contents when recording began
 	events []Event
 	record bool
+	length atomic.Int64
 
 	// Fail is asked before each call; what it returns is the call's error. It
 	// runs under the file's lock. Set it while nothing uses the file.
@@ -52,7 +54,11 @@ type File struct {
 }
 
 // New makes a file of contents b, which it owns from then on.
-func New(path string, b []byte) *File { return &File{path: path, b: b} }
+func New(path string, b []byte) *File {
+	f := &File{path: path, b: b}
+	f.length.Store(int64(len(b)))
+	return f
+}
 
 // Record begins to keep events.
 func (f *File) Record() {
@@ -101,11 +107,8 @@ func (f *File) do(name string, e Event, change func()) error {
 
 func (f *File) Path() string { return f.path }
 
-func (f *File) Length() int64 {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return int64(len(f.b))
-}
+// Length takes no lock, as that of a host file.
+func (f *File) Length() int64 { return f.length.Load() }
 
 func (f *File) ReadAt(p []byte, off int64) error {
 	f.mu.Lock()
@@ -141,7 +144,10 @@ func (f *File) WriteAt(p []byte, off int64, durable bool) error {
 }
 
 func (f *File) Resize(n int64) error {
-	return f.do("truncate", Event{Op: Resize, N: n}, func() { f.b = resized(f.b, n) })
+	return f.do("truncate", Event{Op: Resize, N: n}, func() {
+		f.b = resized(f.b, n)
+		f.length.Store(n)
+	})
 }
 
 func resized(b []byte, n int64) []byte {
