@@ -23,7 +23,7 @@ type allocator struct {
 	ready []run // taken from the end
 	have  int64 // clusters in ready
 	scan  int64 // the next refcount block to look at
-	old   int64 // in clusters: where the file ended at Begin; only up to here it is looked at
+	old   int64 // in clusters: up to where it is looked; at first where the file ended at Begin
 	end   int64 // in clusters: where the file ends
 
 	fixed bool  // the file cannot become longer
@@ -45,6 +45,9 @@ const (
 	// sparse, so that the surplus costs nothing but a longer file after a crash.
 	growMin = 1 << 20
 	growMax = 64 << 20
+	// readyRuns is how many runs are ready at most, of what was freed; what is
+	// freed beyond is looked for when all are taken. They have 24 bytes.
+	readyRuns = 1 << 17
 )
 
 // take takes up to n neighbouring clusters and counts them. Without MayBlock

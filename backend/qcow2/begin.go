@@ -1,7 +1,9 @@
 package qcow2
 
 import (
+	"cmp"
 	"fmt"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,6 +31,7 @@ func (im *Image) Begin(progress func(done, total int64)) error {
 	if err := im.findMetadata(); err != nil {
 		return err
 	}
+	im.forgetTables() // those in memory were read before it was known what is metadata
 	if unknown := im.h.Autoclear &^ knownAutoclear; unknown != 0 {
 		if err := im.f.WriteAt(be64(im.h.Autoclear&^unknown), offAutoclear, false); err != nil {
 			return err
@@ -71,6 +74,9 @@ func (im *Image) makeWhole() error {
 // the file ends where its last cluster does. Nothing but Map and Unmap may run
 // meanwhile. After an error that is no failed sync the image is as usable as
 // before, and Settle can be called again. Afterwards it can go on being used.
+//
+// An image that was marked corrupt is made durable and that is all: whoever
+// opens it next finds the mark.
 func (im *Image) Settle() error {
 	if !im.begun.Load() {
 		return nil
@@ -78,52 +84,47 @@ func (im *Image) Settle() error {
 	im.stopTimer()
 	defer im.allowTimer()
 	for {
+		// The file is cut before the flush, whose sync makes that durable: no
+		// table in the file names what is cut off, as the last flush left it.
+		im.trim()
 		if err := im.Flush(); err != nil {
 			return err
 		}
-		if im.broken.Load() {
-			return im.refused(unix.EIO, "it is marked corrupt")
-		}
-		if !im.dirty() {
-			return im.trim()
+		if im.broken.Load() || !im.dirty() {
+			return nil
 		}
 		// What a read still uses is freed when that has ended, which waits for
 		// storage and for nothing else.
-		im.pauseForPins()
-		if err := im.reclaim(); err != nil {
-			return err
+		for im.inLimbo() {
+			im.pauseForPins()
+			if err := im.reclaim(); err != nil {
+				return err
+			}
 		}
 	}
 }
 
-// trim cuts off what the file was made longer by and what was not used.
-func (im *Image) trim() error {
+// trim cuts off what the file was made longer by and what is not used.
+func (im *Image) trim() {
 	a, r := &im.alloc, &im.refs
 	if a.fixed {
-		return nil
+		return
 	}
 	a.filling.Lock()
 	defer a.filling.Unlock()
 	r.mu.Lock()
-	end := a.end
-	for {
-		cut := false
-		for i := 0; i < len(a.ready); i++ {
-			if x := a.ready[i]; x.first+x.n == end {
-				im.unreadyLocked(i)
-				end, cut = x.first, true
-				break
-			}
-		}
-		if !cut {
-			break
-		}
+	slices.SortFunc(a.ready, func(x, y run) int { return cmp.Compare(y.first, x.first) })
+	was, end, n := a.end, a.end, 0
+	for n < len(a.ready) && a.ready[n].first+a.ready[n].n == end {
+		im.unreadyLocked(a.ready[n])
+		end = a.ready[n].first
+		n++
 	}
-	was := a.end
+	a.ready = slices.Delete(a.ready, 0, n)
 	a.end, a.old = end, min(a.old, end)
 	r.mu.Unlock()
 	if end == was {
-		return nil
+		return
 	}
 	if err := im.f.Resize(end << im.g.ClusterBits); err != nil {
 		// The clusters are free and the file is a little long.
@@ -131,20 +132,16 @@ func (im *Image) trim() error {
 		a.end = was
 		r.mu.Unlock()
 		im.opts.Warn(err.Error())
-		return nil
 	}
-	return im.f.Sync()
 }
 
-// unreadyLocked forgets run i of what is ready.
-func (im *Image) unreadyLocked(i int) {
-	a, per := &im.alloc, im.g.refcountsPerBlock()
-	x := a.ready[i]
+// unreadyLocked forgets a run of what is ready.
+func (im *Image) unreadyLocked(x run) {
+	per := im.g.refcountsPerBlock()
 	for c := x.first; c < x.first+x.n; c++ {
 		im.refs.blocks[c/per].users--
 	}
-	a.have -= x.n
-	a.ready = append(a.ready[:i], a.ready[i+1:]...)
+	im.alloc.have -= x.n
 }
 
 // Close forgets everything and writes nothing. No other method may be running

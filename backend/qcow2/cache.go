@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 )
 
 // L2 tables are kept in slices of up to sliceSize bytes. Who reads an entry
@@ -17,25 +18,31 @@ type slice struct {
 	l1    int64 // of the table
 	index int64 // in the table
 
-	ref   atomic.Bool // used since the clock came by
-	users int         // who will change it; cache.mu
+	ref   atomic.Bool  // used since the clock came by
+	users atomic.Int32 // who will change it, see hold
 
 	// dirty: it differs from the file. unsynced: it did when the last flush
 	// that ended began, or does now.
 	dirty, unsynced atomic.Bool
 
-	mu sync.Mutex // of who changes words, and of who reads pairs of them
+	mu sync.Mutex // of who changes words
 	// words are entries; where entries are extended each is followed by its
-	// bits. Single words are read without mu.
+	// bits, and seq is odd while a pair is being changed. They are read without
+	// mu.
 	words []uint64
+	seq   atomic.Uint32
 }
 
 // table holds the slices of an L2 table.
 type table struct {
 	slices []atomic.Pointer[slice]
+	off    int64 // in the file
+
+	// Under cache.mu:
 	// fresh: the L1 table in the file does not name the table yet, whose
-	// cluster reads as zeros where it was not written. cache.mu.
+	// cluster reads as zeros where it was not written.
 	fresh bool
+	kept  int // slices that are in memory or are being read
 }
 
 // cache is what of the L2 tables is in memory.
@@ -48,11 +55,16 @@ type cache struct {
 	limit   int // slices
 	ring    []*slice
 	hand    int
-	loading map[[2]int64]*load
+	loading map[loadKey]*load
 
 	dirtyMu sync.Mutex // leaf
 	dirty   []*slice
 	l1      []int64 // dirty entries of the L1 table
+}
+
+type loadKey struct {
+	table *table
+	index int64
 }
 
 type load struct {
@@ -90,6 +102,11 @@ func (im *Image) cell(s *slice, i int) cell {
 	if !im.g.Extended {
 		return cell{entry: atomic.LoadUint64(&s.words[i])}
 	}
+	seq := s.seq.Load()
+	c := cell{atomic.LoadUint64(&s.words[2*i]), atomic.LoadUint64(&s.words[2*i+1])}
+	if seq&1 == 0 && s.seq.Load() == seq {
+		return c
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return cell{s.words[2*i], s.words[2*i+1]}
@@ -98,12 +115,16 @@ func (im *Image) cell(s *slice, i int) cell {
 // setCell changes entry i of a slice that is held.
 func (im *Image) setCell(s *slice, i int, c cell) {
 	s.mu.Lock()
+	// First, so that nobody takes the entry for one that is in the file.
+	im.dirtyLocked(s)
 	if im.g.Extended {
-		s.words[2*i], s.words[2*i+1] = c.entry, c.bits
+		s.seq.Add(1)
+		atomic.StoreUint64(&s.words[2*i], c.entry)
+		atomic.StoreUint64(&s.words[2*i+1], c.bits)
+		s.seq.Add(1)
 	} else {
 		atomic.StoreUint64(&s.words[i], c.entry)
 	}
-	im.dirtyLocked(s)
 	s.mu.Unlock()
 	im.startTimer()
 }
@@ -123,28 +144,28 @@ func (im *Image) dirtyLocked(s *slice) {
 
 // hold keeps the slice that has off's entry in memory until release, for
 // setCell. It fails if the slice is not in memory, or there is no table.
+// Whoever throws a slice out takes it from its table first and looks for users
+// then, so that one of the two sees the other.
 func (im *Image) hold(off int64) (*slice, int, bool) {
-	l1 := off >> im.l1Shift
 	index := off >> im.g.ClusterBits & (im.g.L2Entries() - 1)
-	t := im.dirs[l1].Load()
+	t := im.dirs[off>>im.l1Shift].Load()
 	if t == nil {
 		return nil, 0, false
 	}
-	im.cache.mu.Lock()
-	defer im.cache.mu.Unlock()
-	s := t.slices[index>>im.sliceBits].Load()
+	p := &t.slices[index>>im.sliceBits]
+	s := p.Load()
 	if s == nil {
 		return nil, 0, false
 	}
-	s.users++
+	s.users.Add(1)
+	if p.Load() != s {
+		s.users.Add(-1)
+		return nil, 0, false
+	}
 	return s, int(index & (1<<im.sliceBits - 1)), true
 }
 
-func (im *Image) release(s *slice) {
-	im.cache.mu.Lock()
-	s.users--
-	im.cache.mu.Unlock()
-}
+func (im *Image) release(s *slice) { s.users.Add(-1) }
 
 // load brings a slice into memory; one goroutine reads it for all who want it,
 // so that nobody brings in what was read before a change.
@@ -158,14 +179,19 @@ func (im *Image) load(l1, index int64) (*slice, error) {
 	c.mu.Lock()
 	t := im.dirs[l1].Load()
 	if t == nil {
-		t = im.newTable()
+		e := atomic.LoadUint64(&im.l1[l1])
+		if off := hostOffset(e); e&l1Reserved != 0 || !im.g.tableOK(off) || off > im.f.Length()-im.g.ClusterSize() {
+			c.mu.Unlock()
+			return nil, im.odd("entry %d of the L1 table, %#x, names no L2 table", l1, e)
+		}
+		t = im.newTable(hostOffset(e))
 		im.dirs[l1].Store(t)
 	}
 	if s := t.slices[index].Load(); s != nil {
 		c.mu.Unlock()
 		return s, nil
 	}
-	key := [2]int64{l1, index}
+	key := loadKey{t, index}
 	if l := c.loading[key]; l != nil {
 		c.mu.Unlock()
 		<-l.done
@@ -173,6 +199,7 @@ func (im *Image) load(l1, index int64) (*slice, error) {
 	}
 	l := &load{done: make(chan struct{})}
 	c.loading[key] = l
+	t.kept++
 	fresh := t.fresh
 	c.mu.Unlock()
 
@@ -185,6 +212,8 @@ func (im *Image) load(l1, index int64) (*slice, error) {
 		l.s = s
 		s.ref.Store(true)
 		im.admitLocked(s)
+	} else {
+		im.forgetLocked(t, s.l1)
 	}
 	delete(c.loading, key)
 	c.mu.Unlock()
@@ -192,12 +221,20 @@ func (im *Image) load(l1, index int64) (*slice, error) {
 	return l.s, l.err
 }
 
-func (im *Image) newTable() *table {
-	return &table{slices: make([]atomic.Pointer[slice], im.g.L2Entries()>>im.sliceBits)}
+func (im *Image) newTable(off int64) *table {
+	return &table{off: off, slices: make([]atomic.Pointer[slice], im.g.L2Entries()>>im.sliceBits)}
 }
 
-// admitLocked puts a slice into the cache, in the place of one that is not
-// needed if there are enough.
+// forgetLocked forgets a slice of a table, and the table when that was the last:
+// where clusters are small its memory is as much as the slice's.
+func (im *Image) forgetLocked(t *table, l1 int64) {
+	if t.kept--; t.kept == 0 && !t.fresh {
+		im.dirs[l1].CompareAndSwap(t, nil)
+	}
+}
+
+// admitLocked puts a slice, which its table counts, into the cache, in the place
+// of one that is not needed if there are enough.
 func (im *Image) admitLocked(s *slice) {
 	c := &im.cache
 	s.table.slices[s.index].Store(s)
@@ -208,14 +245,27 @@ func (im *Image) admitLocked(s *slice) {
 	for range 2*len(c.ring) + 1 {
 		c.hand = (c.hand + 1) % len(c.ring)
 		old := c.ring[c.hand]
-		if old.users > 0 || old.dirty.Load() || old.unsynced.Load() || old.ref.Swap(false) {
+		if old.ref.Swap(false) || old.unsynced.Load() {
 			continue
 		}
-		old.table.slices[old.index].Store(nil)
+		p := &old.table.slices[old.index]
+		p.Store(nil)
+		if old.users.Load() > 0 || old.unsynced.Load() {
+			p.Store(old)
+			continue
+		}
+		im.forgetLocked(old.table, old.l1)
 		c.ring[c.hand] = s
 		return
 	}
 	c.ring = append(c.ring, s) // all are needed
+}
+
+// forgetTables throws everything out. Nobody uses the image meanwhile, and
+// nothing is dirty.
+func (im *Image) forgetTables() {
+	im.cache.ring, im.cache.hand = nil, 0
+	clear(im.dirs)
 }
 
 // crowded reports whether so much of the cache is dirty that it has to be
@@ -229,23 +279,23 @@ func (im *Image) crowded() bool {
 
 // readSlice reads and checks a slice.
 func (im *Image) readSlice(s *slice) error {
-	l1 := atomic.LoadUint64(&im.l1[s.l1])
-	off := hostOffset(l1)
-	if l1&l1Reserved != 0 || !im.g.tableOK(off) || off > im.f.Length()-im.g.ClusterSize() {
-		return im.odd("entry %d of the L1 table, %#x, names no L2 table", s.l1, l1)
-	}
-	raw := make([]byte, 8*len(s.words))
-	if err := im.f.ReadAt(raw, off+s.index*int64(len(raw))); err != nil {
+	// Read into place: with a buffer beside it the garbage of reading a large
+	// image's tables is as large as they are.
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(&s.words[0])), 8*len(s.words))
+	if err := im.f.ReadAt(raw, s.off()); err != nil {
 		return err
 	}
 	for i := range s.words {
 		s.words[i] = binary.BigEndian.Uint64(raw[8*i:])
 	}
 	if i, what := im.badCell(s); what != "" {
-		return im.odd("entry %d of the L2 table at %#x: %s", s.index<<im.sliceBits+int64(i), off, what)
+		return im.odd("entry %d of the L2 table at %#x: %s", s.index<<im.sliceBits+int64(i), s.table.off, what)
 	}
 	return nil
 }
+
+// off is the slice's offset in the file.
+func (s *slice) off() int64 { return s.table.off + s.index*8*int64(len(s.words)) }
 
 // encode is the slice as the file has it.
 func (s *slice) encode() []byte {

@@ -1,5 +1,7 @@
 package qcow2
 
+import "unsafe"
+
 // Discard drops what the image has of the whole clusters in a range: they read
 // as zeros afterwards, or as before where that cannot be had for nothing.
 // It may block. It is durable after the next Flush.
@@ -7,6 +9,8 @@ func (im *Image) Discard(off, n int64) error {
 	if err := im.writable(); err != nil {
 		return err
 	}
+	pin := im.pins.enter(unsafe.Pointer(&n)) // as Status
+	defer im.pins.leave(&pin)
 	if im.h.Autoclear&DataFileRaw != 0 {
 		return im.zeroRaw(off, n)
 	}
@@ -45,6 +49,8 @@ func (im *Image) Zero(off, n int64, keep bool) error {
 	if err := im.writable(); err != nil {
 		return err
 	}
+	pin := im.pins.enter(unsafe.Pointer(&n)) // as Status
+	defer im.pins.leave(&pin)
 	if im.h.Autoclear&DataFileRaw != 0 {
 		return im.zeroRaw(off, n)
 	}

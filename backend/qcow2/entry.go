@@ -64,14 +64,6 @@ func (g Geometry) kind(c cell, sub int) kind {
 	return unallocated
 }
 
-// subclustersPerCluster is how many kinds a cluster has.
-func (g Geometry) subclustersPerCluster() int {
-	if g.Extended {
-		return subclusters
-	}
-	return 1
-}
-
 // compressed tells where the bytes of a compressed cluster are: from off, at
 // most n bytes, which end at a sector boundary of 512 bytes (section "Compressed
 // Clusters Descriptor").

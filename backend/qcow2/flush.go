@@ -104,6 +104,9 @@ func (im *Image) flushOnce() error {
 	if err := im.reclaim(); err != nil {
 		im.opts.Warn(err.Error()) // what was flushed is durable all the same
 	}
+	if im.dirty() {
+		im.startTimer() // for refcounts that were decreased, and for limbo
+	}
 	return nil
 }
 
@@ -126,8 +129,7 @@ func (im *Image) collect() *batch {
 		raw := s.encode()
 		s.dirty.Store(false)
 		s.mu.Unlock()
-		off := hostOffset(atomic.LoadUint64(&im.l1[s.l1])) + s.index*int64(len(raw))
-		b.slices = append(b.slices, sliceCopy{s, off, raw})
+		b.slices = append(b.slices, sliceCopy{s, s.off(), raw})
 	}
 
 	r := &im.refs

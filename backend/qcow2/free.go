@@ -48,11 +48,24 @@ func (im *Image) dropCell(c cell) {
 	}
 }
 
-// giveBack returns clusters that were taken, and that no table has named.
-func (im *Image) giveBack(x hostRange) {
-	im.free.mu.Lock()
-	im.free.limbo = append(im.free.limbo, limbo{im.pins.now(), []hostRange{x}})
-	im.free.mu.Unlock()
+// giveBack returns clusters that were taken, and that no table has named: nobody
+// else can be using them.
+func (im *Image) giveBack(x run) {
+	r, per := &im.refs, im.g.refcountsPerBlock()
+	var left []hostRange
+	r.mu.Lock()
+	for c := x.first; c < x.first+x.n; c++ {
+		if b := r.blocks[c/per]; b != nil {
+			im.setLocked(b, c, 0)
+			im.readyLocked(b, run{c, 1, x.zero})
+		} else {
+			left = append(left, hostRange{c << im.g.ClusterBits, im.g.ClusterSize()})
+		}
+	}
+	r.mu.Unlock()
+	if len(left) > 0 {
+		im.dropped(left) // which loads the block
+	}
 }
 
 // takeDrops moves the drops to the flush that begins.
@@ -79,6 +92,13 @@ func (im *Image) undrop(d []hostRange) {
 	im.free.mu.Lock()
 	im.free.drops = append(im.free.drops, d...)
 	im.free.mu.Unlock()
+}
+
+// inLimbo reports whether something waits for users to leave.
+func (im *Image) inLimbo() bool {
+	im.free.mu.Lock()
+	defer im.free.mu.Unlock()
+	return len(im.free.limbo) > 0
 }
 
 // reclaim frees what has left limbo. What cannot be counted because of an error
@@ -164,10 +184,16 @@ func (im *Image) reclaimRanges(ranges []hostRange) (left []hostRange, err error)
 			free[i].zero = im.punch(free[i])
 		}
 		im.refs.mu.Lock()
+		a := &im.alloc
 		for _, x := range free {
-			// What is still to be looked at will be found then.
-			if index < im.alloc.scan || x.first >= im.alloc.old {
+			switch {
+			case index >= a.scan && x.first < a.old: // will be found there
+			case len(a.ready) < readyRuns:
 				im.readyLocked(b, x)
+			default:
+				// Nobody looks before nothing is ready, so that nothing is found
+				// twice.
+				a.scan, a.old = min(a.scan, index), a.end
 			}
 		}
 		b.users--

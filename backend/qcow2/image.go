@@ -88,7 +88,7 @@ func newImage(f File, h *Header, l1Offset int64, l1Entries int, o Options) (*Ima
 	im.sliceBits = bits.TrailingZeros64(uint64(size / g.EntrySize()))
 	im.cache.limit = int(max(o.L2Cache/size, 16))
 	im.alloc.least = growMin
-	im.cache.loading = make(map[[2]int64]*load)
+	im.cache.loading = make(map[loadKey]*load)
 	im.refs.metadata = make(clusterSet)
 	im.dirs = make([]atomic.Pointer[table], l1Entries)
 	im.l1 = make([]uint64, l1Entries)

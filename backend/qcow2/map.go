@@ -13,6 +13,8 @@ type Plan struct {
 	unsynced bool // some entry it relies on may not be on disk
 	changes  []change
 	steps    []step
+	pieces   []piece
+	old      []Extent
 }
 
 // Map plans the read of [off, off+n), which lies inside Size. Unmap ends it.
@@ -35,6 +37,9 @@ func (im *Image) Unmap(p *Plan) { im.pins.leave(&p.pin) }
 // Status appends what Map would say, with Allocated and Depth, without
 // pinning anything: the extents' files are not to be read. It may block.
 func (im *Image) Status(dst []Extent, off, n int64) ([]Extent, error) {
+	// The tables must not be freed while they are read.
+	pin := im.pins.enter(unsafe.Pointer(&n))
+	defer im.pins.leave(&pin)
 	return im.appendExtents(dst, off, n, MayBlock)
 }
 
@@ -121,7 +126,7 @@ func (im *Image) appendBehind(dst []Extent, first int, off, n int64, mode Mode) 
 // the end of its file reads as zeros: what wrote the image need not have made
 // the last cluster whole.
 func (im *Image) join(dst []Extent, first int, e Extent) []Extent {
-	if e.Kind == Data && !im.begun.Load() {
+	if e.Kind == Data {
 		if have := e.File.Length() - e.Offset; have < e.Length {
 			past := Extent{Kind: Zero, Length: e.Length - max(have, 0), Allocated: true}
 			if have <= 0 {

@@ -54,6 +54,7 @@ func (im *Image) badCell(s *slice) (int, string) {
 	im.refs.mu.Lock()
 	defer im.refs.mu.Unlock()
 	width := int(im.g.EntrySize() / 8)
+	key, tables := int64(-1), uint64(0) // the set's last word: entries are mostly neighbours
 	for i := range len(s.words) / width {
 		c := cell{entry: s.words[i*width]}
 		if im.g.Extended {
@@ -62,7 +63,14 @@ func (im *Image) badCell(s *slice) (int, string) {
 		if what := im.g.fault(c); what != "" {
 			return i, what
 		}
-		if !im.g.External && im.g.hasHost(c) && im.refs.metadata.has(hostOffset(c.entry)>>im.g.ClusterBits) {
+		if im.g.External || !im.g.hasHost(c) {
+			continue
+		}
+		host := hostOffset(c.entry) >> im.g.ClusterBits
+		if host>>6 != key {
+			key, tables = host>>6, im.refs.metadata[host>>6]
+		}
+		if tables>>(host&63)&1 != 0 {
 			return i, fmt.Sprintf("its host cluster at %#x is one of metadata", hostOffset(c.entry))
 		}
 	}
@@ -88,27 +96,29 @@ func (im *Image) writeTable(raw []byte, off int64) error {
 // overlap.
 func (im *Image) findMetadata() error {
 	set := make(clusterSet)
-	add := func(what string, off, n int64) error {
+	length := im.f.Length()
+	// There may be millions of them, so what is not needed is not formatted.
+	add := func(what string, number int, off, n int64) error {
 		if n <= 0 {
 			return nil
 		}
-		if !im.g.tableOK(off) && off != 0 || off > im.f.Length()-n {
-			return im.damaged("%s at %#x is not where one can be", what, off)
+		if !im.g.tableOK(off) && off != 0 || off > length-n {
+			return im.damaged(what+" at %#[2]x is not where one can be", number, off)
 		}
 		for c := off >> im.g.ClusterBits; c <= (off+n-1)>>im.g.ClusterBits; c++ {
 			if !set.add(c) {
-				return im.damaged("%s at %#x overlaps with other metadata", what, off)
+				return im.damaged(what+" at %#[2]x overlaps with other metadata", number, off)
 			}
 		}
 		return nil
 	}
-	if err := add("the header", 0, im.g.ClusterSize()); err != nil {
+	if err := add("the header", 0, 0, im.g.ClusterSize()); err != nil {
 		return err
 	}
-	if err := add("the L1 table", im.h.L1Offset, 8*int64(im.h.L1Entries)); err != nil {
+	if err := add("the L1 table", 0, im.h.L1Offset, 8*int64(im.h.L1Entries)); err != nil {
 		return err
 	}
-	if err := add("the refcount table", im.h.RefcountOffset, im.h.RefcountLength<<im.g.ClusterBits); err != nil {
+	if err := add("the refcount table", 0, im.h.RefcountOffset, im.h.RefcountLength<<im.g.ClusterBits); err != nil {
 		return err
 	}
 	for i, e := range im.refs.table {
@@ -118,7 +128,7 @@ func (im *Image) findMetadata() error {
 		if e&0x1ff != 0 {
 			return im.damaged("entry %d of the refcount table, %#x, has reserved bits", i, e)
 		}
-		if err := add(fmt.Sprintf("refcount block %d", i), int64(e), im.g.ClusterSize()); err != nil {
+		if err := add("refcount block %[1]d", i, int64(e), im.g.ClusterSize()); err != nil {
 			return err
 		}
 	}
@@ -129,7 +139,7 @@ func (im *Image) findMetadata() error {
 		if e&l1Reserved != 0 {
 			return im.damaged("entry %d of the L1 table, %#x, has reserved bits", i, e)
 		}
-		if err := add(fmt.Sprintf("L2 table %d", i), hostOffset(e), im.g.ClusterSize()); err != nil {
+		if err := add("L2 table %[1]d", i, hostOffset(e), im.g.ClusterSize()); err != nil {
 			return err
 		}
 	}
@@ -144,16 +154,16 @@ func (im *Image) findMetadata() error {
 
 // addSnapshots adds the snapshot table and the L1 tables of snapshots. Their
 // L2 tables are not known: most are also those of the active image.
-func (im *Image) addSnapshots(add func(string, int64, int64) error) error {
+func (im *Image) addSnapshots(add func(string, int, int64, int64) error) error {
 	all, n, err := readSnapshots(im.f, im.h)
 	if err != nil {
 		return err
 	}
-	if err := add("the snapshot table", im.h.SnapshotsOffset, n); err != nil {
+	if err := add("the snapshot table", 0, im.h.SnapshotsOffset, n); err != nil {
 		return err
 	}
 	for i := range all {
-		if err := add("the L1 table of snapshot "+all[i].Name, all[i].L1Offset, 8*int64(all[i].L1Entries)); err != nil {
+		if err := add("the L1 table of snapshot %[1]d", i+1, all[i].L1Offset, 8*int64(all[i].L1Entries)); err != nil {
 			return err
 		}
 	}

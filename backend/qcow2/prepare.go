@@ -20,8 +20,16 @@ type change struct {
 	index   int
 	was, is cell
 	// new: is names a cluster that was taken, and was does not.
-	new  bool
-	zero bool // which reads as zeros
+	new     bool
+	zero    bool // which reads as zeros
+	touched bool // not any more
+}
+
+// piece is what the cluster of a change needs beside the caller's bytes.
+type piece struct {
+	change int
+	at     int64  // offset in the cluster
+	from   Extent // what is there until now
 }
 
 // Prepare plans the write of [off, off+n), which lies inside Size: every
@@ -49,7 +57,8 @@ func (im *Image) Prepare(p *Plan, off, n int64, mode Mode) error {
 
 func (p *Plan) reset() {
 	clear(p.changes)
-	p.Extents, p.changes, p.steps, p.unsynced = p.Extents[:0], p.changes[:0], p.steps[:0], false
+	p.Extents, p.changes, p.steps, p.pieces = p.Extents[:0], p.changes[:0], p.steps[:0], p.pieces[:0]
+	p.unsynced = false
 }
 
 // prepareInPlace plans a write to clusters that are there and not shared. It
@@ -121,13 +130,18 @@ func (im *Image) prepareChanges(p *Plan, off, n int64, mode Mode) (err error) {
 		}
 		off = next
 	}
+	// What has to wait is known before clusters are taken, which would be given
+	// back.
+	for i := range p.changes {
+		if err := im.findAround(p, i, start, end, mode); err != nil {
+			return err
+		}
+	}
 	if err := im.takeFor(p, mode); err != nil {
 		return err
 	}
-	for i := range p.changes {
-		if err := im.copyAround(&p.changes[i], start, end, mode); err != nil {
-			return err
-		}
+	if err := im.copyPieces(p, mode); err != nil {
+		return err
 	}
 	for _, s := range p.steps {
 		host := s.host
@@ -182,7 +196,7 @@ func (im *Image) prepareCluster(p *Plan, off, next int64, mode Mode) error {
 	default:
 		c.new = true
 	}
-	c.is.bits = im.bitsAfter(was, c.new, within, to)
+	c.is.bits = im.bitsAfter(was, within, to)
 	p.steps = append(p.steps, step{next - off, within, len(p.changes)})
 	p.changes = append(p.changes, c)
 	return nil
@@ -190,7 +204,7 @@ func (im *Image) prepareCluster(p *Plan, off, next int64, mode Mode) error {
 
 // bitsAfter is the second word of a cell when bytes from..to were written, and
 // what a new cluster needs was copied.
-func (im *Image) bitsAfter(was cell, new bool, from, to int64) uint64 {
+func (im *Image) bitsAfter(was cell, from, to int64) uint64 {
 	if !im.g.Extended {
 		return 0
 	}
@@ -229,99 +243,107 @@ func (im *Image) takeFor(p *Plan, mode Mode) error {
 	return nil
 }
 
-// copyAround puts into a cluster what its entry is going to show beside the
-// write of start..end, so far as it is not there.
-func (im *Image) copyAround(c *change, start, end int64, mode Mode) error {
-	base := c.cluster << im.g.ClusterBits
-	size := im.g.ClusterSize()
+// findAround adds what the cluster of change i needs beside the write of
+// start..end: what its entry is going to show and is not there yet. Without
+// MayBlock the answer is ErrWait if that is more than zeros.
+func (im *Image) findAround(p *Plan, i int, start, end int64, mode Mode) error {
+	c := &p.changes[i]
+	base, size := c.cluster<<im.g.ClusterBits, im.g.ClusterSize()
 	from, to := max(start-base, 0), min(end-base, size) // written by the caller
-	if from == 0 && to == size {
-		return nil
+	if im.g.External {
+		// The data file need not have a whole last cluster.
+		size = min(size, im.data.Length()-base)
 	}
-	subs := im.g.subclustersPerCluster()
-	unit := size / int64(subs)
-	// Ranges of subclusters to be shown that are not where they will be.
-	for sub := 0; sub < subs; {
-		lo := int64(sub) * unit
-		if !im.shows(c, sub) {
-			sub++
+	for lo := int64(0); lo < size; {
+		if lo == from {
+			lo = to
 			continue
 		}
+		// To the caller's bytes at most, of subclusters that are treated alike.
 		hi := lo
-		for sub < subs && im.shows(c, sub) {
-			hi += unit
-			sub++
+		shown := im.shows(c, lo)
+		for limit := size; hi < limit && im.shows(c, hi) == shown; {
+			if hi < from {
+				limit = from
+			}
+			hi = min(limit, (hi>>im.subBits+1)<<im.subBits)
 		}
-		if err := im.copyRange(c, base, lo, min(hi, from), mode); err != nil {
-			return err
+		if shown {
+			if err := im.addPieces(p, i, base, lo, hi, mode); err != nil {
+				return err
+			}
 		}
-		if err := im.copyRange(c, base, max(lo, to), hi, mode); err != nil {
-			return err
-		}
+		lo = hi
 	}
 	return nil
 }
 
-// shows reports whether subcluster sub will be data, and was not data in the
-// same place.
-func (im *Image) shows(c *change, sub int) bool {
-	if im.g.kind(c.is, sub) != data {
+// shows reports whether the subcluster at offset off of a cluster will be data,
+// and is not there yet.
+func (im *Image) shows(c *change, off int64) bool {
+	sub := int(off >> im.subBits)
+	if im.g.Extended && c.is.bits>>sub&1 == 0 {
 		return false
 	}
-	return im.g.kind(c.was, sub) != data || hostOffset(c.was.entry) != hostOffset(c.is.entry)
+	return c.new || im.g.kind(c.was, sub) != data
 }
 
-// copyRange puts bytes lo..hi of the guest's cluster at base into its new
-// place.
-func (im *Image) copyRange(c *change, base, lo, hi int64, mode Mode) error {
-	if lo >= hi {
-		return nil
-	}
-	host := hostOffset(c.is.entry)
-	// The data file need not have a whole last cluster.
-	if hi = min(hi, im.data.Length()-host); lo >= hi {
-		return nil
-	}
-	old, err := im.appendOld(nil, c.was, base, lo, hi, mode)
+// addPieces adds what bytes lo..hi of a cluster were.
+func (im *Image) addPieces(p *Plan, i int, base, lo, hi int64, mode Mode) error {
+	var err error
+	p.old, err = im.appendOld(p.old[:0], p.changes[i].was, base, lo, hi, mode)
 	if err != nil {
 		return err
 	}
-	var buf []byte
-	for i := range old {
-		e := &old[i]
-		if e.Kind == Zero {
-			if !c.zero {
-				if mode&MayBlock == 0 {
-					return ErrWait
-				}
-				if err := im.data.ZeroAt(host+lo, e.Length); err != nil {
-					return err
-				}
-			}
-			lo += e.Length
+	for _, e := range p.old {
+		if e.Kind != Zero && mode&MayBlock == 0 {
+			return ErrWait
+		}
+		p.pieces = append(p.pieces, piece{i, lo, e})
+		lo += e.Length
+	}
+	return nil
+}
+
+// copyPieces puts the pieces of a plan where they belong.
+func (im *Image) copyPieces(p *Plan, mode Mode) error {
+	for i := range p.pieces {
+		x := &p.pieces[i]
+		c := &p.changes[x.change]
+		if x.from.Kind == Zero && c.zero {
 			continue
 		}
 		if mode&MayBlock == 0 {
 			return ErrWait
 		}
-		if buf == nil {
-			buf = make([]byte, hi-lo)
+		c.touched = true
+		host := hostOffset(c.is.entry) + x.at
+		if x.from.Kind == Zero {
+			if err := im.data.ZeroAt(host, x.from.Length); err != nil {
+				return err
+			}
+			continue
 		}
-		part := buf[:e.Length]
-		if e.Kind == Compressed {
-			err = e.Image.readCompressed(e.Entry, e.Offset, part)
-		} else {
-			err = e.File.ReadAt(part, e.Offset)
-		}
-		if err != nil {
+		if err := im.copyPiece(&x.from, host); err != nil {
 			return err
 		}
-		if err := im.data.WriteAt(part, host+lo, false); err != nil {
-			return err
-		}
-		lo += e.Length
 	}
 	return nil
+}
+
+func (im *Image) copyPiece(e *Extent, host int64) error {
+	buf := clusters.get(e.Length)
+	defer clusters.put(buf)
+	var err error
+	if e.Kind == Compressed {
+		err = e.Image.readCompressed(e.Entry, e.Offset, *buf)
+	} else {
+		err = e.File.ReadAt(*buf, e.Offset)
+	}
+	if err != nil {
+		return err
+	}
+	return im.data.WriteAt(*buf, host, false)
 }
 
 // appendOld is what bytes lo..hi of a cluster were with the entry c. The
@@ -367,6 +389,9 @@ func (im *Image) Commit(p *Plan) (durable bool, err error) {
 
 // Abort publishes nothing and gives back what Prepare took.
 func (im *Image) Abort(p *Plan) {
+	for i := range p.changes {
+		p.changes[i].touched = true
+	}
 	im.undoChanges(p)
 	im.pins.leave(&p.pin)
 }
@@ -375,7 +400,7 @@ func (im *Image) undoChanges(p *Plan) {
 	for i := range p.changes {
 		c := &p.changes[i]
 		if c.new && c.is.entry != 0 {
-			im.giveBack(hostRange{hostOffset(c.is.entry), im.g.ClusterSize()})
+			im.giveBack(run{hostOffset(c.is.entry) >> im.g.ClusterBits, 1, c.zero && !c.touched})
 		}
 		im.busy.leave(c.cluster)
 		im.release(c.slice)

@@ -27,6 +27,8 @@ func (im *Image) Resize(size int64) error {
 	case im.h.Snapshots > 0 && im.h.Version < 3:
 		return fmt.Errorf("qcow2 image %s of version 2 has internal snapshots, which do not record their size: %w", im.f.Path(), unix.EOPNOTSUPP)
 	}
+	im.stopTimer()
+	defer im.allowTimer()
 	if err := im.Flush(); err != nil {
 		return err
 	}
@@ -41,18 +43,21 @@ func (im *Image) Resize(size int64) error {
 		}
 	}
 	im.h.Size = size
-	// What is behind the image must not come to light.
-	if b := im.opts.Backing; b != nil && b.Size() > old {
-		if err := im.Zero(old, min(b.Size(), size)-old, false); err != nil {
-			im.h.Size = old
-			return err
-		}
-		if err := im.Flush(); err != nil {
-			im.h.Size = old
-			return err
-		}
+	// What is behind the image must not come to light, nor what the rest of the
+	// last cluster may hold.
+	hidden := min(size, im.g.Clusters(old)<<im.g.ClusterBits)
+	if b := im.opts.Backing; b != nil {
+		hidden = max(hidden, min(b.Size(), size))
 	}
-	err := im.f.WriteAt(be64(uint64(size)), offSize, false)
+	err := im.Zero(old, hidden-old, false)
+	if err == nil {
+		err = im.Flush()
+	}
+	if err != nil {
+		im.h.Size = old
+		return err
+	}
+	err = im.f.WriteAt(be64(uint64(size)), offSize, false)
 	if err == nil {
 		err = im.f.Sync()
 	}
@@ -68,10 +73,21 @@ func (im *Image) growL1(need int64) error {
 		return fmt.Errorf("qcow2 image %s cannot become that large with clusters of %d bytes: %w", im.f.Path(), im.g.ClusterSize(), unix.EFBIG)
 	}
 	clusters := im.g.Clusters(8 * need)
-	host, err := im.takeNeighbours(clusters)
+	got, err := im.takeNeighbours(clusters)
 	if err != nil {
 		return err
 	}
+	host, named := got.first<<im.g.ClusterBits, false
+	defer func() {
+		if !named {
+			im.refs.mu.Lock()
+			for c := range clusters {
+				im.refs.metadata.remove(got.first + c)
+			}
+			im.refs.mu.Unlock()
+			im.giveBack(run{got.first, clusters, false})
+		}
+	}()
 	entries := clusters << im.g.ClusterBits / 8
 	raw := make([]byte, 0, 8*entries)
 	for _, e := range im.l1 {
@@ -80,7 +96,7 @@ func (im *Image) growL1(need int64) error {
 	raw = raw[:8*entries]
 	im.refs.mu.Lock()
 	for c := range clusters {
-		im.refs.metadata.add(host>>im.g.ClusterBits + c)
+		im.refs.metadata.add(got.first + c)
 	}
 	im.refs.mu.Unlock()
 	if err := im.writeTable(raw, host); err != nil {
@@ -95,6 +111,7 @@ func (im *Image) growL1(need int64) error {
 	if err := im.f.WriteAt(field, offL1Size, false); err != nil {
 		return err
 	}
+	named = true // it may be in the file now
 	if err := im.f.Sync(); err != nil {
 		return err
 	}
@@ -110,19 +127,19 @@ func (im *Image) growL1(need int64) error {
 }
 
 // takeNeighbours takes n clusters that lie side by side.
-func (im *Image) takeNeighbours(n int64) (host int64, err error) {
+func (im *Image) takeNeighbours(n int64) (run, error) {
 	for try := 0; ; try++ {
 		got, err := im.take(n, MayBlock)
 		if err != nil {
-			return 0, err
+			return run{}, err
 		}
 		if got.n == n {
-			return got.first << im.g.ClusterBits, nil
+			return got, nil
 		}
 		// What is ready is in pieces; the end of the file is not.
-		defer im.giveBack(hostRange{got.first << im.g.ClusterBits, got.n << im.g.ClusterBits})
+		defer im.giveBack(got)
 		if try == 1<<16 || im.alloc.fixed && try == 1<<10 {
-			return 0, fmt.Errorf("qcow2 image %s has no %d free clusters side by side: %w", im.f.Path(), n, unix.ENOSPC)
+			return run{}, fmt.Errorf("qcow2 image %s has no %d free clusters side by side: %w", im.f.Path(), n, unix.ENOSPC)
 		}
 	}
 }

@@ -41,7 +41,7 @@ func (im *Image) ensureTable(off int64, mode Mode) error {
 	host := got.first << im.g.ClusterBits
 	if !got.zero {
 		if err := im.f.ZeroAt(host, im.g.ClusterSize()); err != nil {
-			im.giveBack(hostRange{host, im.g.ClusterSize()})
+			im.giveBack(got)
 			return err
 		}
 	}
@@ -62,8 +62,8 @@ func (im *Image) publishTable(l1 int64, entry uint64, former []*slice) {
 	c := &im.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	t := im.newTable()
-	t.fresh = true
+	t := im.newTable(hostOffset(entry))
+	t.fresh, t.kept = true, len(former)
 	c.dirtyMu.Lock()
 	defer c.dirtyMu.Unlock()
 	for _, old := range former {
