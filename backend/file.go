@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"sync"
 	"sync/atomic"
 	"unsafe"
 
@@ -32,10 +33,13 @@ type File struct {
 	traits   Traits
 
 	size  int64        // at load
-	limit atomic.Int64 // writes end here: size, or less once seen shrunk
-	// Direct only: from here on, bytes go through tailFd. It equals size
+	limit atomic.Int64 // writes end here: length, or less once seen shrunk
+	// Direct only: from here on, bytes go through tailFd. It equals length
 	// when that is a multiple of the alignment.
-	tail int64
+	tail atomic.Int64
+
+	sizing sync.Mutex // before ranges.mu
+	length int64      // at load, or as Resize made it; sizing
 
 	ranges ranges
 	syncer syncer
@@ -171,20 +175,30 @@ func (f *File) load() error {
 	if err != nil {
 		return err
 	}
-	f.size, f.tail = size, size
-	if f.traits.Direct && size%int64(f.traits.Align) != 0 {
-		f.tail = size &^ (int64(f.traits.tailUnit) - 1)
+	f.size = size
+	return f.setLength(size)
+}
+
+// setLength makes I/O go by a length that the file has.
+func (f *File) setLength(length int64) error {
+	tail := length
+	if f.traits.Direct && length%int64(f.traits.Align) != 0 {
+		tail &^= int64(f.traits.tailUnit) - 1
 		if f.tailFd < 0 {
 			how := openHow{write: f.writable, faults: f.faults}
-			if f.tailFd, err = reopenFd(f.fd, f.path, f.id, opReopen, how); err != nil {
+			fd, err := reopenFd(f.fd, f.path, f.id, opReopen, how)
+			if err != nil {
 				return openError(f.path, how, err)
 			}
+			f.tailFd = fd
 		}
 		if err := f.lockTwin(); err != nil {
 			return err
 		}
 	}
-	f.limit.Store(size)
+	f.tail.Store(tail)
+	f.length = length
+	f.limit.Store(length)
 	return nil
 }
 

@@ -22,7 +22,7 @@ func (f *File) AsyncRead(p []byte, off int64) bool {
 
 // straight reports whether p goes between memory and device in one piece.
 func (f *File) straight(p []byte, off int64) bool {
-	return (off|int64(len(p)))&int64(f.traits.Align-1) == 0 && f.memAligned(p) && off+int64(len(p)) <= f.tail
+	return (off|int64(len(p)))&int64(f.traits.Align-1) == 0 && f.memAligned(p) && off+int64(len(p)) <= f.tail.Load()
 }
 
 // AsyncWrite is a write under way.

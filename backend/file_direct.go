@@ -33,7 +33,7 @@ func (f *File) memAligned(p []byte) bool {
 // O_DIRECT description, the others through the buffered one. The tail block
 // is never accessed directly, so its bytes are where everybody looks.
 func (f *File) split(off int64, n int) int {
-	return int(min(max(f.tail-off, 0), int64(n)))
+	return int(min(max(f.tail.Load()-off, 0), int64(n)))
 }
 
 // step is the length of the piece of p to move next, and whether it can go
@@ -74,7 +74,10 @@ func (f *File) directRead(p []byte, off int64) error {
 		}
 		p, off = p[n:], off+int64(n)
 	}
-	if len(tail) > 0 && f.tailFd < 0 {
+	switch {
+	case len(tail) == 0:
+		return nil
+	case f.tailFd < 0:
 		return f.fail("read", errPastEnd)
 	}
 	return f.readFull(f.tailFd, tail, tailOff)
@@ -117,20 +120,20 @@ func (f *File) readBlocks(buf []byte, off int64, n int, whole bool) (b []byte, s
 // directWrite writes aligned pieces straight, and edges by reading the block,
 // changing it and writing it, while nobody else writes that block.
 func (f *File) directWrite(p []byte, off int64, durable bool) error {
-	n := f.split(off, len(p))
+	if len(p) == 0 {
+		return nil
+	}
+	a := int64(f.traits.Align)
+	end := off + int64(len(p))
+	s := f.ranges.enter(off&^(a-1), (end+a-1)&^(a-1), (off|end)%a != 0)
+	defer f.ranges.leave(s)
+	n := f.split(off, len(p)) // the tail stays where it is while s is held
 	if tail := p[n:]; len(tail) > 0 {
 		if err := f.writeFull(f.tailFd, tail, off+int64(n), durable); err != nil {
 			return err
 		}
 	}
 	p = p[:n]
-	if n == 0 {
-		return nil
-	}
-	a := int64(f.traits.Align)
-	end := off + int64(n)
-	s := f.ranges.enter(off&^(a-1), (end+a-1)&^(a-1), (off|end)%a != 0)
-	defer f.ranges.leave(s)
 	var bounce *[]byte
 	for len(p) > 0 {
 		n, straight := f.step(p, off)

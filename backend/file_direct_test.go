@@ -72,8 +72,8 @@ func TestDirectTailCoherent(t *testing.T) {
 	const size = 20000
 	path := writeFile(t, t.TempDir(), make([]byte, size))
 	f := openTest(t, path, openHow{write: true, direct: true})
-	if f.tailFd < 0 || f.tail >= size || f.tail%pageSize != 0 {
-		t.Fatalf("tail at %d, descriptor %d", f.tail, f.tailFd)
+	if f.tailFd < 0 || f.tail.Load() >= size || f.tail.Load()%pageSize != 0 {
+		t.Fatalf("tail at %d, descriptor %d", f.tail.Load(), f.tailFd)
 	}
 	want := make([]byte, size)
 	for i := range 40 {

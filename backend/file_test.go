@@ -221,7 +221,7 @@ func TestShrink(t *testing.T) {
 					warned = 0 // of an owner before
 					must(t, os.Truncate(path, size))
 					must(t, r.Flush())
-					align, tail := int64(r.cur.Load().file.traits.Align), r.cur.Load().file.tail
+					align, tail := int64(r.cur.Load().file.traits.Align), r.cur.Load().file.tail.Load()
 					if warned != 1 {
 						t.Errorf("%d warnings", warned)
 					}

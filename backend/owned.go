@@ -77,6 +77,15 @@ func (o *Owned) warn(err error) {
 	}
 }
 
+// measure tells of a file that has shrunk; see File.remeasure.
+func (o *Owned) measure(f *File) (sparse bool, err error) {
+	size, length, sparse, err := f.remeasure()
+	if err == nil && size < length {
+		o.warnf("%s has shrunk to %d bytes while it is served as %d: reads and writes past its end fail", f.path, size, length)
+	}
+	return sparse, err
+}
+
 // Info implements Image.
 func (o *Owned) Info() Info { return o.info }
 

@@ -2,7 +2,6 @@ package backend
 
 import (
 	"fmt"
-	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -24,7 +23,6 @@ type raw struct {
 	sparse atomic.Bool // worth asking for holes
 	full   *full       // where there are none; nil where asking never waits
 
-	measuring sync.Mutex // one measurement at a time reaches limit
 }
 
 var (
@@ -178,19 +176,10 @@ func (r *raw) Abort(p *Plan) {
 	r.Unmap(p)
 }
 
-// measure looks at the file's size: where it has shrunk, writes end at its new
-// end instead of growing it back. A size that cannot be had changes nothing.
+// measure implements content.
 func (r *raw) measure() {
-	r.measuring.Lock()
-	defer r.measuring.Unlock()
-	size, sparse, err := r.file.measure()
-	if err != nil {
-		return
-	}
-	r.sparse.Store(sparse)
-	limit := min(size, r.size)
-	if was := r.file.limit.Swap(limit); limit < was {
-		r.image.warnf("%s has shrunk to %d bytes while it is served as %d: reads and writes past its end fail", r.image.opts.Path, size, r.size)
+	if sparse, err := r.image.measure(r.file); err == nil {
+		r.sparse.Store(sparse)
 	}
 }
 

@@ -42,10 +42,3 @@ func (r *raw) resize(size int64) (content, error) {
 	}
 	return r.content(f, f.size, true), nil
 }
-
-func (f *File) truncate(size int64) error {
-	if err := f.faults.check(opTruncate, size); err != nil {
-		return err
-	}
-	return retry(func() error { return unix.Ftruncate(f.fd, size) })
-}
