@@ -1,10 +1,14 @@
 // Package backend maps: it knows where guest bytes live. An Image turns a
-// guest range into extents of host files (raw today), takes and drops the
+// guest range into extents of host files (raw or qcow2), takes and drops the
 // image's locks, and carries out the storage side of an ownership change.
 // It knows no sockets, no protocol and not who is asking.
 package backend
 
-import "errors"
+import (
+	"errors"
+
+	"github.com/nbd-export/nbd-export/backend/qcow2"
+)
 
 // ErrWait is returned by Map and Prepare without MayBlock when the answer
 // needs something that can wait for a device or for another request. The
@@ -43,6 +47,21 @@ type Plan struct {
 	// view is whose extents these are, which may no longer be the current one
 	// when the request ends; nil while nothing is planned.
 	view *view
+}
+
+// Recycle forgets what the plan, of which nothing is held, was last used for.
+// Its memory stays for the next request, of whatever image, unless it is much.
+func (p *Plan) Recycle() {
+	const much = 4096 // extents
+	if clear(p.Extents); cap(p.Extents) > much {
+		p.Extents = nil
+	}
+	p.Extents = p.Extents[:0]
+	if q, ok := p.Pin.(*qcow2.Plan); ok {
+		q.Recycle()
+	} else {
+		p.Pin = nil
+	}
 }
 
 // take ends what view says.
@@ -93,7 +112,7 @@ type Status struct {
 // except for the size, which Image.Size reports.
 type Info struct {
 	Path     string // as given by the user
-	Format   string // "raw"
+	Format   string // "raw" or "qcow2"
 	ReadOnly bool   // never opened for writing
 	// Block sizes in bytes as advertised: minimum 1, preferred a power of
 	// two >= 512, maximum the largest request (32 MiB).

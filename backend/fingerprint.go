@@ -2,36 +2,54 @@ package backend
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// fingerprint tells whether a file was changed. It does not notice bytes
+// fingerprint tells whether an image was changed. It does not notice bytes
 // changed in place within one tick of the file system's clock, or on a block
-// device.
+// device, but for those of a format's tables.
 type fingerprint struct {
+	files  []filePrint
+	tables [32]byte // see content
+}
+
+type filePrint struct {
 	id           inode
 	size         int64
 	mtime, ctime unix.Timespec
 }
 
-// fingerprint of the file as it is now, or nil if it cannot be had.
-func (f *File) fingerprint() *fingerprint {
-	var st unix.Stat_t
-	if f.fstat(&st) != nil {
+// fingerprint of the image as it is now, or nil if it cannot be had.
+func (v *view) fingerprint() *fingerprint {
+	p := new(fingerprint)
+	err := v.files(func(f *File) error {
+		one, err := f.fingerprint()
+		p.files = append(p.files, one)
+		return err
+	})
+	if err == nil {
+		p.tables, err = v.tables()
+	}
+	if err != nil {
 		return nil
 	}
-	p := &fingerprint{id: f.id, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
-	if f.traits.BlockDevice {
-		size, err := f.currentSize()
-		if err != nil {
-			return nil
-		}
-		// The times are those of the node.
-		*p = fingerprint{id: f.id, size: size}
-	}
 	return p
+}
+
+func (f *File) fingerprint() (filePrint, error) {
+	var st unix.Stat_t
+	if err := f.fstat(&st); err != nil {
+		return filePrint{}, err
+	}
+	if f.traits.BlockDevice {
+		// The times are those of the node.
+		size, err := f.currentSize()
+		return filePrint{id: f.id, size: size}, err
+	}
+	return filePrint{id: f.id, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
 }
 
 // ModifiedError says that the image is not as this process left it.
@@ -56,20 +74,23 @@ func (p *fingerprint) compare(path string, was *fingerprint) error {
 	if p == nil || was == nil {
 		return &ModifiedError{Path: path}
 	}
+	if len(p.files) != len(was.files) {
+		return &ModifiedError{Path: path, What: "other files behind it"}
+	}
 	var what []string
-	for _, c := range [...]struct {
-		name string
-		same bool
-	}{
-		{"another file", p.id == was.id},
-		{"size", p.size == was.size},
-		{"mtime", p.mtime == was.mtime},
-		{"ctime", p.ctime == was.ctime},
-	} {
-		if !c.same {
-			what = append(what, c.name)
+	note := func(name string, same bool) {
+		if !same && !slices.Contains(what, name) {
+			what = append(what, name)
 		}
 	}
+	for i, a := range p.files {
+		b := was.files[i]
+		note("another file", a.id == b.id)
+		note("size", a.size == b.size)
+		note("mtime", a.mtime == b.mtime)
+		note("ctime", a.ctime == b.ctime)
+	}
+	note("tables", p.tables == was.tables)
 	if len(what) == 0 {
 		return nil
 	}

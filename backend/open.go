@@ -57,6 +57,17 @@ type Options struct {
 	DropCache DropCacheMode
 	// IgnoreDiscard: Discard does nothing, and Zero keeps the range allocated.
 	IgnoreDiscard bool
+	// AllowBacking are directories, beside that of the image, in which its
+	// backing files and data files may be.
+	AllowBacking []string
+	// L2Cache is how many bytes of a qcow2 image's L2 tables are kept in
+	// memory, and as many again of those behind it; 0 for 32 MiB.
+	L2Cache int64
+	// NoRepair: a qcow2 image that its last owner left dirty is not activated.
+	NoRepair bool
+	// Snapshot is the name or ID of an internal snapshot of a qcow2 image to
+	// serve instead, read-only; "" for none.
+	Snapshot string
 	// OwnerRecord is the path of the owner record, "" for IMAGE.owner beside
 	// an image that is a file, or OwnerRecordOff. A read-only image has none.
 	OwnerRecord string
@@ -113,7 +124,10 @@ func open(o Options, h faults) (*Owned, error) {
 	if err != nil {
 		return nil, err
 	}
-	probed, err := checkFormat(f, o)
+	format, probed, err := findFormat(f, o)
+	if err == nil && o.Snapshot != "" && (format != "qcow2" || !o.ReadOnly) {
+		err = &fs.PathError{Op: "open image", Path: f.path, Err: &refusal{"a snapshot can only be served of a qcow2 image, and read-only", unix.EINVAL}}
+	}
 	if err != nil {
 		f.Close()
 		return nil, err
@@ -122,40 +136,48 @@ func open(o Options, h faults) (*Owned, error) {
 		o.Warn(fmt.Sprintf("locking of %s is off: nothing but your own care keeps a second writer away", f.path))
 	}
 	image := newOwned(f, o, h)
-	image.format, image.info.Format = &rawFormat{image: image, guard: guard{on: probed}}, "raw"
+	image.info.Format = format
+	switch format {
+	case "raw":
+		image.format = &rawFormat{image: image, guard: guard{on: probed}}
+	case "qcow2":
+		image.format = &qcowFormat{image: image, probed: probed}
+		image.info.Mapped, image.info.CanTrim, image.info.CanFastZero = true, true, true
+	}
 	v, err := image.format.open(f, nil)
 	if err != nil {
 		f.Close()
 		return nil, err
 	}
 	image.cur.Store(v)
+	image.print = v.fingerprint()
 	return image, nil
 }
 
-// checkFormat refuses what is not to be served as raw. probed says that raw
-// is a guess.
-func checkFormat(f *File, o Options) (probed bool, err error) {
+// findFormat says what f is to be served as, and refuses what it cannot be.
+// probed says that it is a guess.
+func findFormat(f *File, o Options) (format string, probed bool, err error) {
 	if o.Format == "raw" {
-		return false, nil
+		return "raw", false, nil
 	}
 	first, err := readFirst(f)
 	if err != nil {
-		return false, err
+		return "", false, err
 	}
-	format := Probe(first)
+	format = Probe(first)
 	var hint string
 	switch {
 	case o.Format == "qcow2" && format != "qcow2":
 		hint = "this is not a qcow2 image; give -f raw to serve it as it is"
+	case format == "qcow2":
+		return format, o.Format != "qcow2", nil
 	case format == "":
 		o.Warn(fmt.Sprintf("the format of %s was not given and is taken to be raw; writes that would make it look like another format are refused; give -f raw to allow them", f.path))
-		return true, nil
-	case format == "qcow2":
-		hint = "nbd-export cannot serve qcow2 yet; convert it with qemu-img convert -O raw"
+		return "raw", true, nil
 	default:
 		hint = fmt.Sprintf("this looks like a %s image, which nbd-export cannot serve; convert it with qemu-img convert -O raw, or give -f raw if it is a raw disk all the same", format)
 	}
-	return false, &fs.PathError{Op: "open image", Path: f.path, Err: &refusal{hint, unix.EOPNOTSUPP}}
+	return "", false, &fs.PathError{Op: "open image", Path: f.path, Err: &refusal{hint, unix.EOPNOTSUPP}}
 }
 
 // refusal is an error whose text says all; the errno is for programs.

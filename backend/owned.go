@@ -24,6 +24,8 @@ type Owned struct {
 	cur  atomic.Pointer[view]
 	held atomic.Pointer[string] // LocksHeld
 
+	repair atomic.Pointer[Progress]
+
 	// The rest belongs to the one goroutine that changes ownership.
 	next   *view // acquired or settled, to be published
 	old    *view // published over, to be closed
@@ -54,7 +56,6 @@ func newOwned(f *File, o Options, h faults) *Owned {
 			CanFastZero:    t.fastZeros,
 			WriteThrough:   o.Cache == CacheWritethrough,
 		},
-		print: f.fingerprint(),
 	}
 	if o.Locking != LockingOff {
 		i.scope = f.lockScope()

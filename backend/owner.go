@@ -49,7 +49,7 @@ func (o *Owned) noteLocks(f *File) {
 // sync itself does not look at ctx.
 func (o *Owned) SyncAhead(ctx context.Context) error {
 	v := o.cur.Load()
-	v.file.trimPages()
+	_ = v.files(func(f *File) error { f.trimPages(); return nil })
 	if err := ctx.Err(); err != nil || !v.writable() {
 		return err
 	}
@@ -79,7 +79,7 @@ func (o *Owned) Settle() error {
 	if err != nil {
 		return &ViewError{Path: o.opts.Path, Err: err}
 	}
-	o.print = v.file.fingerprint()
+	o.print = v.fingerprint()
 	o.next, o.clean = next, true
 	return nil
 }
@@ -142,19 +142,23 @@ func (o *Owned) dropNext() {
 // where the file cannot be opened, reads give EIO from then on.
 func (o *Owned) Abandon() error {
 	v := o.cur.Load()
+	v.freeze()
 	o.dropNext()
 	next, err := o.openInactive(v)
 	if err != nil {
 		next = o.deadView(v.Size())
 	}
-	if v.file.syncer.failed() != nil {
-		// Whatever comes of it: what is still dirty is to be written now, and
-		// not once another owns the image.
-		_ = v.file.fdatasync()
-	}
-	if e := v.file.fadvise(0, 0, unix.FADV_DONTNEED); e != nil {
-		err = errors.Join(err, v.file.fail("drop the page cache of", e))
-	}
+	err = errors.Join(err, v.files(func(f *File) error {
+		if f.syncer.failed() != nil {
+			// Whatever comes of it: what is still dirty is to be written now,
+			// and not once another owns the image.
+			_ = f.fdatasync()
+		}
+		if e := f.fadvise(0, 0, unix.FADV_DONTNEED); e != nil {
+			return f.fail("drop the page cache of", e)
+		}
+		return nil
+	}))
 	o.print = nil
 	o.next, o.clean = next, false
 	return err
@@ -223,22 +227,7 @@ func (o *Owned) Acquire() (err error) {
 		f.fadvise(0, 0, unix.FADV_DONTNEED)
 	}
 	if o.opts.Locking != LockingOff {
-		lock := f.LockActive
-		if o.opts.ReadOnly {
-			lock = f.LockReadOnly
-		}
-		err := lock()
-		for try := 0; try < lingerTries && o.lingers(err); try++ {
-			time.Sleep(lingerPause)
-			f.unlock(f.fd)
-			f.unlock(f.tailFd)
-			f.held = nil
-			err = lock()
-		}
-		if err != nil {
-			if le, ok := errors.AsType[*LockError](err); ok {
-				le.Holder = o.record.holder()
-			}
+		if err := o.lockFile(f, !o.opts.ReadOnly); err != nil {
 			return err
 		}
 		// Who replaces an image by renaming may have done so meanwhile.
@@ -259,8 +248,28 @@ func (o *Owned) Acquire() (err error) {
 		}
 	}
 	o.noteLocks(f)
-	o.next = &view{file: f, active: true}
+	o.next = &view{file: f, active: true, content: o.deadView(0).content} // until Load
 	return nil
+}
+
+// lockFile locks a file for an owner, who writes it or not.
+func (o *Owned) lockFile(f *File, writes bool) error {
+	lock := f.LockReadOnly
+	if writes {
+		lock = f.LockActive
+	}
+	err := lock()
+	for try := 0; try < lingerTries && o.lingers(err); try++ {
+		time.Sleep(lingerPause)
+		f.unlock(f.fd)
+		f.unlock(f.tailFd)
+		f.held = nil
+		err = lock()
+	}
+	if le, ok := errors.AsType[*LockError](err); ok {
+		le.Holder = o.record.holder()
+	}
+	return err
 }
 
 // The locks of a process that was killed stay until the kernel has ended the
@@ -312,19 +321,8 @@ func (o *Owned) Load(ifUnchanged bool) error {
 		return o.fail("activate", unix.EINVAL)
 	}
 	f := o.next.file
-	if ifUnchanged {
-		if err := f.fingerprint().compare(o.opts.Path, o.print); err != nil {
-			return err
-		}
-	}
-	if o.dropsCache(f) {
-		left, err := f.dropCache(dropTries, func(try int) { time.Sleep(min(time.Duration(try), 10) * time.Millisecond) })
-		if err != nil {
-			return err
-		}
-		if left > 0 {
-			o.warnf("%d pages of %s stay in the page cache, because somebody reads or maps them; they may be older than the image", left, o.opts.Path)
-		}
+	if err := o.refresh(f); err != nil {
+		return err
 	}
 	if err := f.load(); err != nil {
 		return err
@@ -334,14 +332,31 @@ func (o *Owned) Load(ifUnchanged bool) error {
 		return err
 	}
 	o.next = next
+	if ifUnchanged {
+		return next.fingerprint().compare(o.opts.Path, o.print)
+	}
 	return nil
+}
+
+// refresh has what is read of f from now on come from the storage, where it
+// might not.
+func (o *Owned) refresh(f *File) error {
+	if !o.dropsCache(f) {
+		return nil
+	}
+	left, err := f.dropCache(dropTries, func(try int) { time.Sleep(min(time.Duration(try), 10) * time.Millisecond) })
+	if err == nil && left > 0 {
+		o.warnf("%d pages of %s stay in the page cache, because somebody reads or maps them; they may be older than the image", left, f.path)
+	}
+	return err
 }
 
 // Claim writes into the owner record that this process owns the loaded image,
 // and returns its epoch: one more than the highest of own, the last that this
 // process had, and the record's. Without a record that is own+1. A record that
-// cannot be read, or is none, is a *RecordError. After an error Withdraw must
-// follow.
+// cannot be read, or is none, is a *RecordError. Then it makes the image ready
+// for writing, as its format needs it: from here on a crash leaves it in need of
+// that again. After an error Withdraw must follow.
 func (o *Owned) Claim(own uint64) (epoch uint64, err error) {
 	if o.next == nil || !o.next.active {
 		return 0, o.fail("activate", unix.EINVAL)
@@ -350,11 +365,24 @@ func (o *Owned) Claim(own uint64) (epoch uint64, err error) {
 	if err := o.next.file.fstat(&st); err != nil {
 		return 0, o.fail("stat", err)
 	}
-	return o.record.claim(own, &st)
+	if epoch, err = o.record.claim(own, &st); err != nil || !o.next.writable() {
+		return epoch, err
+	}
+	return epoch, o.next.begin(func(done, total int64) { o.repair.Store(&Progress{done, total}) })
 }
 
+// Progress is how far something has come, in bytes.
+type Progress struct{ Done, Total int64 }
+
+// Repairing is how far the repair of the image has come that its activation
+// has begun, nil where there is none. It may be called at any time.
+func (o *Owned) Repairing() *Progress { return o.repair.Load() }
+
 // PublishActive makes requests use the acquired description. It cannot fail.
-func (o *Owned) PublishActive() { o.publish() }
+func (o *Owned) PublishActive() {
+	o.repair.Store(nil)
+	o.publish()
+}
 
 // Check looks at the active image's file, about once a second, for what no
 // request would notice: that it has shrunk, which ends writes there; that the
@@ -369,27 +397,32 @@ func (o *Owned) Check() error {
 	}
 	v.measure()
 	o.checkName(v)
-	var failed error
-	if len(v.file.held) > 0 {
-		kept, err := v.file.locksKept()
+	strangers := false
+	err := v.files(func(f *File) error {
+		// A sync that no request asked for tells nobody else.
+		if err := f.syncer.failed(); err != nil || len(f.held) == 0 {
+			return err
+		}
+		kept, err := f.locksKept()
 		if err == nil && !kept {
-			return &FencedError{Path: o.opts.Path}
+			return &FencedError{Path: f.path}
 		}
-		failed = err
-		strange, err := v.file.stranger()
-		switch {
-		case err != nil:
-			failed = errors.Join(failed, err)
-		case !strange:
-			v.strange.Store(0)
-		case v.strange.Add(1) >= strangerTimes:
-			return &FencedError{Path: o.opts.Path}
-		}
+		strange, e := f.stranger()
+		strangers = strangers || strange && e == nil
+		return errors.Join(err, e)
+	})
+	if _, fenced := errors.AsType[*FencedError](err); fenced {
+		return err // nor is the record ours to write
 	}
-	if err := o.record.check(); err != nil {
-		return err
+	if !strangers {
+		v.strange.Store(0)
+	} else if v.strange.Add(1) >= strangerTimes {
+		return &FencedError{Path: o.opts.Path}
 	}
-	return failed
+	if e := o.record.check(); e != nil {
+		return e
+	}
+	return err
 }
 
 // checkName tells, once, that the path names the active image no longer: what
@@ -435,7 +468,9 @@ func (e *FencedError) Fenced() bool { return true }
 // Withdraw undoes Acquire, Load and Claim: nothing is held, and the owner
 // record says what it said before. What fails goes to Warn.
 func (o *Owned) Withdraw() {
+	o.repair.Store(nil)
 	if v := o.next; v != nil {
+		o.warn(v.unbegin())
 		o.warn(o.record.withdraw())
 	}
 	o.dropNext()

@@ -186,6 +186,18 @@ func (r *raw) measure() {
 // sync implements content.
 func (r *raw) sync() error { return r.file.Sync() }
 
+// begin implements content.
+func (r *raw) begin(func(done, total int64)) error { return nil }
+
+// unbegin implements content.
+func (r *raw) unbegin() error { return nil }
+
+// tables implements content; raw has none.
+func (r *raw) tables() ([32]byte, error) { return [32]byte{}, nil }
+
+// freeze implements content.
+func (r *raw) freeze() {}
+
 // settle implements content.
 func (r *raw) settle() error { return r.sync() }
 

@@ -19,7 +19,7 @@ func (o *Owned) Resize(size int64) error {
 	if err != nil {
 		return err
 	}
-	next := &view{file: v.file, active: true, content: c}
+	next := &view{file: v.file, others: v.others, active: true, content: c}
 	next.nameless.Store(v.nameless.Load())
 	o.cur.Store(next)
 	return nil

@@ -8,7 +8,8 @@ import (
 // view is an image's open files as requests see them. It does not change while
 // it is published, but for what is atomic.
 type view struct {
-	file   *File // that Options.Path names
+	file   *File   // that Options.Path names
+	others []*File // that it leads to
 	active bool
 	content
 
@@ -56,9 +57,28 @@ type content interface {
 	settle() error
 	// measure looks, beside requests, whether the files have shrunk.
 	measure()
+	// begin makes what is in the files ready for writing; see Owned.Claim.
+	begin(progress func(done, total int64)) error
+	// unbegin undoes begin, which may have failed or not been called.
+	unbegin() error
 	// resize makes the image size bytes long, with no request under way, and
 	// returns what it has become.
 	resize(size int64) (content, error)
+	// tables returns a hash of what says where the image's bytes are, for its
+	// fingerprint.
+	tables() ([32]byte, error)
+	// freeze ends all writing that no request asks for; what was not written
+	// is lost. Reads may go on.
+	freeze()
+}
+
+// files are all that the view has open.
+func (v *view) files(do func(f *File) error) error {
+	errs := []error{do(v.file)}
+	for _, f := range v.others {
+		errs = append(errs, do(f))
+	}
+	return errors.Join(errs...)
 }
 
 // writable reports whether requests may change the image.
@@ -71,7 +91,10 @@ func (o *Owned) deadView(size int64) *view {
 }
 
 // close closes the files. Nothing may use the view any more.
-func (v *view) close() error { return v.file.Close() }
+func (v *view) close() error {
+	v.freeze()
+	return v.files((*File).Close)
+}
 
 // closeAll closes the views that are there.
 func closeAll(views ...*view) error {

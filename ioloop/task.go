@@ -102,9 +102,9 @@ func (t *task) free() {
 // recycle forgets the task without giving anything back.
 func (t *task) recycle() {
 	clear(t.segs)
-	clear(t.plan.Extents)
+	t.plan.Recycle()
 	*t = task{
-		plan:  backend.Plan{Extents: keep(t.plan.Extents)},
+		plan:  t.plan,
 		heads: keep(t.heads), segs: keep(t.segs), status: keep(t.status),
 		ring: onRing{writes: keep(t.ring.writes)},
 	}

@@ -17,6 +17,19 @@ type Plan struct {
 	old      []Extent
 }
 
+// recycleMax bounds what a plan that rests keeps of its memory, in extents.
+const recycleMax = 1024
+
+// Recycle forgets what the plan, which holds nothing, was last used for.
+func (p *Plan) Recycle() {
+	if cap(p.Extents) > recycleMax || cap(p.changes) > recycleMax {
+		*p = Plan{}
+		return
+	}
+	clear(p.Extents)
+	p.reset()
+}
+
 // Map plans the read of [off, off+n), which lies inside Size. Unmap ends it.
 // The error is ErrWait, or wraps a syscall.Errno; nothing is held then.
 func (im *Image) Map(p *Plan, off, n int64, mode Mode) error {

@@ -1,0 +1,301 @@
+package backend
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// qemuImg runs qemu-img, which "make peers" installs.
+func qemuImg(t testing.TB, args ...string) string {
+	t.Helper()
+	out, err := exec.Command("qemu-img", args...).CombinedOutput()
+	if err != nil {
+		t.Fatalf("qemu-img %s: %v\n%s(package qemu-utils)", strings.Join(args, " "), err, out)
+	}
+	return string(out)
+}
+
+// makeQcow makes an image with qemu-img; args end with its size, if it has one
+// of its own.
+func makeQcow(t testing.TB, dir string, args ...string) string {
+	t.Helper()
+	path := filepath.Join(dir, "disk.qcow2")
+	qemuImg(t, slices.Concat([]string{"create", "-q", "-f", "qcow2"}, args[:len(args)-1], []string{path}, args[len(args)-1:])...)
+	return path
+}
+
+func checkQcow(t testing.TB, path string) {
+	t.Helper()
+	qemuImg(t, "check", "-q", "-f", "qcow2", path)
+}
+
+// checkLeaks is checkQcow of an image whose owner died.
+func checkLeaks(t testing.TB, path string) {
+	t.Helper()
+	out, err := exec.Command("qemu-img", "check", "-f", "qcow2", path).CombinedOutput()
+	if e, ok := errors.AsType[*exec.ExitError](err); err != nil && (!ok || e.ExitCode() != 3) {
+		t.Fatalf("%v\n%s", err, out)
+	}
+}
+
+func sumOf(t testing.TB, path string) [32]byte {
+	t.Helper()
+	return sha256.Sum256(contentOf(t, path))
+}
+
+// wantDisk reads the whole image and compares.
+func wantDisk(t testing.TB, o *Owned, want []byte) {
+	t.Helper()
+	got := make([]byte, len(want))
+	must(t, read(o, 0, got))
+	if !bytes.Equal(got, want) {
+		i := 0
+		for got[i] == want[i] {
+			i++
+		}
+		t.Fatalf("first difference at %d", i)
+	}
+}
+
+// An image goes from owner to owner, with all they wrote, and holds locks as a
+// raw one does.
+func TestQcowChangesOwner(t *testing.T) {
+	for name, args := range map[string][]string{
+		"plain":     {"8M"},
+		"v2":        {"-o", "compat=0.10", "8M"},
+		"small":     {"-o", "cluster_size=512,refcount_bits=1", "8M"},
+		"extended":  {"-o", "extended_l2=on", "8M"},
+		"data file": {"-o", "data_file=DATA", "8M"},
+		"raw data":  {"-o", "data_file=DATA,data_file_raw=on", "8M"},
+		"odd size":  {"-o", "cluster_size=2M", "8388096"},
+	} {
+		for _, cache := range []CacheMode{CacheWriteback, CacheNone} {
+			t.Run(name+" "+string(cache), func(t *testing.T) {
+				onEach(t, func(t *testing.T, dir string) {
+					args := slices.Clone(args)
+					for i := range args {
+						args[i] = strings.ReplaceAll(args[i], "DATA", filepath.Join(dir, "data"))
+					}
+					path := makeQcow(t, dir, args...)
+					a := openImage(t, Options{Path: path, Format: "qcow2", Cache: cache}, nil)
+					b := openImage(t, Options{Path: path, Format: "qcow2", Cache: cache}, nil)
+					want := make([]byte, a.Size())
+					for round := range 6 {
+						owner, other := a, b
+						if round%2 == 1 {
+							owner, other = b, a
+						}
+						must(t, activate(owner, false))
+						wantDisk(t, owner, want)
+						if got := owner.LocksHeld(); got != "100,101,103,201,203" {
+							t.Errorf("locks %s", got)
+						}
+						var le *LockError
+						if err := activate(other, false); !errors.As(err, &le) {
+							t.Errorf("two owners: %v", err)
+						}
+						for i := range 20 {
+							off := int64((round*1000003 + i*700001) % (len(want) - 70000))
+							p := pattern(1+i*3000, uint64(round*100+i))
+							must(t, write(owner, off, p, i%7 == 0))
+							copy(want[off:], p)
+						}
+						must(t, owner.Discard(int64(round)<<20, 0x20000))
+						must(t, owner.Zero(int64(round)<<20, 0x20000, 0))
+						clear(want[round<<20:][:0x20000])
+						wantDisk(t, owner, want)
+						must(t, inactivate(owner))
+						wantDisk(t, owner, want)
+						if l := procLocks(t, path); len(l) != 0 {
+							t.Errorf("locks left: %v", l)
+						}
+						if _, w := descriptors(t, path); w != 0 {
+							t.Errorf("%d writable descriptors left", w)
+						}
+						checkQcow(t, path)
+						wantErrno(t, write(owner, 0, []byte{1}, false), unix.EPERM)
+					}
+					raw := filepath.Join(dir, "raw")
+					qemuImg(t, "convert", "-f", "qcow2", "-O", "raw", path, raw)
+					wantContent(t, raw, want)
+				})
+			})
+		}
+	}
+}
+
+// What is inactive changes no byte, whatever state the image is in.
+func TestQcowInactiveWritesNothing(t *testing.T) {
+	dirty := func(t *testing.T, path string) {
+		// As after the death of an owner with lazy refcounts: the dirty bit is
+		// the last of the first incompatible features.
+		f, err := os.OpenFile(path, os.O_RDWR, 0)
+		must(t, err)
+		_, err = f.WriteAt([]byte{1}, 79)
+		must(t, errors.Join(err, f.Close()))
+	}
+	for name, make := range map[string]func(t *testing.T, path string){
+		"clean": func(t *testing.T, path string) {},
+		"dirty": dirty,
+		"bitmap": func(t *testing.T, path string) {
+			qemuImg(t, "bitmap", "--add", path, "b0")
+		},
+		"leaks": func(t *testing.T, path string) {
+			f, err := os.OpenFile(path, os.O_RDWR|os.O_APPEND, 0)
+			must(t, err)
+			_, err = f.Write(pattern(128<<10, 1))
+			must(t, errors.Join(err, f.Close()))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := makeQcow(t, t.TempDir(), "-o", "lazy_refcounts=on", "8M")
+			make(t, path)
+			was := sumOf(t, path)
+			o := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+			must(t, read(o, 0, pattern(1<<20, 0)))
+			must(t, o.Flush())
+			o.Identify()
+			must(t, o.Close())
+			if sumOf(t, path) != was {
+				t.Error("an image that was only open inactive has changed")
+			}
+			o = openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+			must(t, activate(o, false))
+			must(t, write(o, 1<<20, pattern(1<<20, 1), false))
+			must(t, inactivate(o))
+			was = sumOf(t, path)
+			must(t, read(o, 0, pattern(1<<20, 0)))
+			must(t, o.Flush())
+			must(t, o.Close())
+			if sumOf(t, path) != was {
+				t.Error("an image that was inactivated has changed")
+			}
+			checkQcow(t, path)
+		})
+	}
+}
+
+// A dirty image is repaired by its next owner, or refused if that is not
+// wanted.
+func TestQcowRepairOnActivate(t *testing.T) {
+	path := makeQcow(t, t.TempDir(), "-o", "lazy_refcounts=on", "8M")
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte{1}, 79)
+	must(t, errors.Join(err, f.Close()))
+	was := sumOf(t, path)
+	o := openImage(t, Options{Path: path, Format: "qcow2", NoRepair: true}, nil)
+	if err := activate(o, false); err == nil || !strings.Contains(err.Error(), "nbd-export check --repair all") {
+		t.Error(err)
+	}
+	if sumOf(t, path) != was || o.LocksHeld() != "none" {
+		t.Error("a refused activation left something")
+	}
+	o = openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	must(t, activate(o, false))
+	must(t, inactivate(o))
+	checkQcow(t, path)
+}
+
+// --if-unchanged sees that another owner was there.
+func TestQcowIfUnchanged(t *testing.T) {
+	path := makeQcow(t, t.TempDir(), "1G")
+	a := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	b := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	must(t, activate(a, true))
+	must(t, write(a, 0, pattern(100, 1), false))
+	must(t, inactivate(a))
+	must(t, activate(a, true))
+	must(t, inactivate(a))
+	must(t, activate(b, false))
+	must(t, write(b, 700<<20, pattern(100, 1), false)) // by another L2 table
+	must(t, inactivate(b))
+	var modified *ModifiedError
+	if err := activate(a, true); !errors.As(err, &modified) || !strings.Contains(modified.What, "tables") {
+		t.Error(err)
+	}
+	must(t, activate(a, false))
+}
+
+// Whatever write or sync of an inactivation fails: after a write the image is
+// active still, and can be inactivated; after a sync it is lost. What is on
+// disk is consistent at every point.
+func TestQcowInactivationFails(t *testing.T) {
+	for _, op := range []sysop{opWrite, opSync, opTruncate, opPunch} {
+		for at := 1; ; at++ {
+			path := makeQcow(t, shmDir(t), "-o", "cluster_size=4k", "8M")
+			var mu sync.Mutex
+			left := -1
+			o := openImage(t, Options{Path: path, Format: "qcow2"}, func(call sysop, _ int64, n int) (int, error) {
+				mu.Lock()
+				defer mu.Unlock()
+				if call != op || left < 0 {
+					return n, nil
+				}
+				if left--; left == 0 {
+					return 0, unix.EIO
+				}
+				return n, nil
+			})
+			must(t, activate(o, false))
+			want := make([]byte, o.Size())
+			copy(want[1<<20:], pattern(1<<20, 1))
+			must(t, write(o, 1<<20, want[1<<20:2<<20], false))
+			must(t, o.Flush())
+			must(t, o.Discard(1<<20, 1<<19))
+			clear(want[1<<20:][:1<<19])
+			must(t, write(o, 3<<20, pattern(1<<18, 2), false))
+			copy(want[3<<20:], pattern(1<<18, 2))
+			mu.Lock()
+			left = at
+			mu.Unlock()
+			err := inactivate(o)
+			mu.Lock()
+			failed := left == 0
+			left = -1
+			mu.Unlock()
+			if !failed {
+				must(t, err)
+				if at == 1 && op != opPunch {
+					t.Errorf("no %v in an inactivation", op)
+				}
+				break
+			}
+			t.Logf("%v %d: %v", op, at, err)
+			if (op == opSync) != SyncFailed(err) && err != nil {
+				t.Errorf("%v %d: %v", op, at, err)
+			}
+			if op == opSync {
+				if err == nil {
+					t.Errorf("sync %d: no error", at)
+				}
+				must(t, o.Abandon())
+				o.PublishInactive()
+				must(t, o.Release())
+				checkLeaks(t, path)
+				continue
+			}
+			if err != nil {
+				if o.LocksHeld() == "none" {
+					t.Errorf("%v %d: no locks", op, at)
+				}
+				wantDisk(t, o, want)
+				must(t, write(o, 5<<20, pattern(5000, 3), false))
+				copy(want[5<<20:], pattern(5000, 3))
+				must(t, inactivate(o))
+			}
+			wantDisk(t, o, want)
+			checkQcow(t, path)
+		}
+	}
+}
