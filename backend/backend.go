@@ -183,6 +183,14 @@ type Image interface {
 	Status(dst []Status, off, n int64, max int) ([]Status, error)
 }
 
+// Receiver is an Image that can plan a write whose payload nobody has seen, to
+// be received straight into its place (File.Place).
+type Receiver interface {
+	// PrepareUnseen is Prepare without MayBlock for n bytes to come. ErrWait
+	// also says that the payload has to be looked at.
+	PrepareUnseen(p *Plan, off, n int64) error
+}
+
 // SyncFailed reports whether err, or what it wraps, is a failed sync: the
 // kernel may have dropped dirty pages and says so only once, so the image
 // must not be handed over as clean.

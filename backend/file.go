@@ -41,6 +41,8 @@ type File struct {
 	sizing sync.Mutex // before ranges.mu
 	length int64      // at load, or as Resize made it; sizing
 
+	place []byte // a map of the whole file, or nil; see Place
+
 	ranges ranges
 	syncer syncer
 	pages  pageMap
@@ -176,7 +178,9 @@ func (f *File) load() error {
 		return err
 	}
 	f.size = size
-	return f.setLength(size)
+	err = f.setLength(size)
+	f.mapPlace()
+	return err
 }
 
 // setLength makes I/O go by a length that the file has.
@@ -236,6 +240,7 @@ func (f *File) Writable() bool { return f.writable }
 // Close unlocks and closes the descriptors, and the map. It writes nothing.
 // Nothing may use the file any more.
 func (f *File) Close() error {
+	f.unmapPlace() // it would hold the locks
 	var errs [3]error
 	if err := f.unmapPages(); err != nil {
 		errs[2] = f.fail("munmap", err)
@@ -394,6 +399,46 @@ func (f *File) TryWriteAt(p []byte, off int64) (int, error) {
 			return n, ErrWait
 		}
 		return n, nil
+	}
+}
+
+// MaxVector is the most pieces that TryWriteVector takes.
+const MaxVector = 64
+
+// TryWriteVector is TryWriteAt for pieces that follow each other in the file,
+// each of which InlineWrite says yes to, in one system call. n counts the bytes
+// of all.
+func (f *File) TryWriteVector(pieces [][]byte, off int64) (n int, err error) {
+	var iov [MaxVector]unix.Iovec
+	total := 0
+	for i, p := range pieces {
+		if !f.InlineWrite(off+int64(total), len(p)) {
+			return 0, ErrWait
+		}
+		iov[i].Base = unsafe.SliceData(p)
+		iov[i].SetLen(len(p))
+		total += len(p)
+	}
+	if off+int64(total) > f.limit.Load() {
+		return 0, ErrWait
+	}
+	if f.faults != nil {
+		k, err := f.faults(opTryWrite, off, total)
+		if err != nil || k < total {
+			return 0, ErrWait
+		}
+	}
+	for {
+		r, _, errno := unix.Syscall6(unix.SYS_PWRITEV, uintptr(f.fd), uintptr(unsafe.Pointer(&iov)), uintptr(len(pieces)), uintptr(off), 0, 0)
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno != 0:
+			return 0, ErrWait
+		case int(r) < total:
+			return int(r), ErrWait
+		}
+		return total, nil
 	}
 }
 

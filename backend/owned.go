@@ -34,7 +34,10 @@ type Owned struct {
 	warned bool // about the scope of locks
 }
 
-var _ Image = (*Owned)(nil)
+var (
+	_ Image    = (*Owned)(nil)
+	_ Receiver = (*Owned)(nil)
+)
 
 // newOwned makes the image of f, which is open for reading, and of what format
 // makes of it.
@@ -111,6 +114,15 @@ func (o *Owned) ReadOpaque(p *Plan, i int, skip int64, dst []byte) error {
 func (o *Owned) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	p.view = o.cur.Load()
 	return p.view.Prepare(p, off, payload, mode)
+}
+
+// PrepareUnseen implements Receiver.
+func (o *Owned) PrepareUnseen(p *Plan, off, n int64) error {
+	p.view = o.cur.Load()
+	if c, ok := p.view.content.(*raw); ok {
+		return c.prepareUnseen(p, off, n)
+	}
+	return ErrWait
 }
 
 // Commit implements Image.

@@ -53,6 +53,7 @@ func (o *Owned) SyncAhead(ctx context.Context) error {
 	if err := ctx.Err(); err != nil || !v.writable() {
 		return err
 	}
+	v.file.thinPlace()
 	if err := v.sync(); err != nil {
 		return err
 	}

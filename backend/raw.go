@@ -162,6 +162,19 @@ func (r *raw) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	return nil
 }
 
+// prepareUnseen is Owned.PrepareUnseen.
+func (r *raw) prepareUnseen(p *Plan, off, n int64) error {
+	p.Extents, p.Pin = p.Extents[:0], nil
+	if err := r.writable("write", off, n); err != nil {
+		return err
+	}
+	if r.guard.touches(off) {
+		return ErrWait
+	}
+	p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n})
+	return nil
+}
+
 // Commit implements content.
 func (r *raw) Commit(p *Plan) (durable bool, err error) {
 	r.Abort(p)

@@ -2,6 +2,7 @@ package control
 
 import (
 	"net"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -30,9 +31,7 @@ func (s *Server) emit(name string, data any) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for o := range s.listening {
-		select {
-		case o.queue <- outgoing{line: line}:
-		default:
+		if !o.post(line) {
 			s.cfg.Log.Warn("a control client was disconnected: it does not read its events", zap.Int("unread", mostEvents))
 			delete(s.listening, o)
 			_ = o.nc.Close()
@@ -40,55 +39,80 @@ func (s *Server) emit(name string, data any) {
 	}
 }
 
-// outbox is the way out to one client. Lines are written one after the other
-// by a goroutine of its own, so that events neither break into an answer nor
-// wait for a client.
+// outbox is the way out to one client: lines, one after the other, so that
+// events do not break into an answer. An answer is written by who gives it,
+// since handing it to a goroutine took 30 us of a handover; events, which nobody
+// is to wait for, by a goroutine that lasts as long as there are any.
 type outbox struct {
-	nc    net.Conn
-	queue chan outgoing
-	done  chan struct{} // the writer has ended
+	nc      net.Conn
+	writing sync.Mutex // held during a write; comes before mu
+	broken  bool       // under writing: the client is lost
+
+	mu       sync.Mutex // a leaf
+	events   [][]byte   // queued, the oldest first
+	flushing bool       // a goroutine is about to write them
 }
 
-// outgoing is a line. What became of it is told to written, unless that is nil.
-type outgoing struct {
-	line    []byte
-	written chan<- bool
+// post queues an event, unless so many are unread that the client is given up.
+func (o *outbox) post(line []byte) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.events) == mostEvents {
+		return false
+	}
+	o.events = append(o.events, line)
+	if !o.flushing {
+		o.flushing = true
+		go o.flush()
+	}
+	return true
 }
 
-func newOutbox(nc net.Conn) *outbox {
-	o := &outbox{nc: nc, queue: make(chan outgoing, mostEvents), done: make(chan struct{})}
-	go o.write()
-	return o
+// flush writes what is queued.
+func (o *outbox) flush() {
+	o.writing.Lock()
+	defer o.writing.Unlock()
+	o.flushLocked()
 }
 
-func (o *outbox) write() {
-	defer close(o.done)
-	ok := true
-	for next := range o.queue {
-		if ok {
-			if _, err := o.nc.Write(next.line); err != nil {
-				ok = false
-				_ = o.nc.Close() // its reader is to learn of it
-			}
+func (o *outbox) flushLocked() {
+	for {
+		o.mu.Lock()
+		if len(o.events) == 0 {
+			o.events, o.flushing = nil, false
+			o.mu.Unlock()
+			return
 		}
-		if next.written != nil {
-			next.written <- ok
-		}
+		line := o.events[0]
+		o.events = o.events[1:]
+		o.mu.Unlock()
+		o.writeLocked(line)
+	}
+}
+
+func (o *outbox) writeLocked(line []byte) {
+	if o.broken {
+		return
+	}
+	if _, err := o.nc.Write(line); err != nil {
+		o.broken = true
+		_ = o.nc.Close() // its reader is to learn of it
 	}
 }
 
 // send writes a line after what is queued, and reports whether the client can
 // still be talked to. line is the caller's again.
 func (o *outbox) send(line []byte) bool {
-	written := make(chan bool, 1)
-	o.queue <- outgoing{line, written}
-	return <-written
+	o.writing.Lock()
+	defer o.writing.Unlock()
+	o.flushLocked()
+	o.writeLocked(line)
+	return !o.broken
 }
 
-// close ends the writer when it has written what is queued, or the client has
-// had its time to read it. Nothing may be queued any more.
+// close writes what is queued, for as long as the client takes it and has its
+// time to. Nothing may be queued any more.
 func (o *outbox) close() {
 	_ = o.nc.SetWriteDeadline(time.Now().Add(farewell))
-	close(o.queue)
-	<-o.done
+	o.flush()
 }

@@ -170,7 +170,7 @@ type answer struct {
 }
 
 func (s *Server) serve(nc net.Conn) {
-	c := &session{server: s, in: decoder{r: bufio.NewReader(nc)}, out: newOutbox(nc)}
+	c := &session{server: s, in: decoder{r: bufio.NewReader(nc)}, out: &outbox{nc: nc}}
 	defer func() {
 		s.mu.Lock()
 		delete(s.clients, nc)

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/state"
 )
@@ -90,6 +92,13 @@ type conn struct {
 	// Of the receiving goroutine only:
 	in     *buffer // nil while idle
 	r, w   int     // unread bytes of in.raw
+	peeker peeker  // the transport, if it is one
+	next   look    // at what comes
+	peeked bool    // what in.raw has from taken on was only looked at
+	taken  int
+	puts   *puts // nil while nothing was put off
+	one    [1]unix.Iovec
+	aloof  bool    // large payloads have no place to be received into
 	reply  *buffer // nil while there is nothing in it
 	filled int     // bytes in reply.raw
 	req    Request
@@ -136,6 +145,7 @@ func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk) *conn {
 	if a := nc.RemoteAddr(); a != nil {
 		c.name = a.String()
 	}
+	c.peeker, _ = c.t.(peeker)
 	c.atRest, c.inPayload = c.onRest, c.onPayload
 	c.out.init(c.t)
 	c.ring = e.ring

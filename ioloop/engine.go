@@ -78,14 +78,16 @@ func NewEngine(cfg Config) *Engine {
 type Disk struct {
 	Image   backend.Image
 	Machine *state.Machine
-	pace    *Pace // nil for none
+	unseen  backend.Receiver // the image, if it is one
+	pace    *Pace            // nil for none
 	counts  counts
 	flushes flushes
 }
 
 // NewDisk joins an image and the machine that guards it.
 func NewDisk(img backend.Image, m *state.Machine) *Disk {
-	return &Disk{Image: img, Machine: m}
+	unseen, _ := img.(backend.Receiver)
+	return &Disk{Image: img, Machine: m, unseen: unseen}
 }
 
 // counts are a disk's totals over all its connections. Connections add to

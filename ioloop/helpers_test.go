@@ -247,6 +247,18 @@ func (h *hooked) Prepare(p *backend.Plan, off int64, payload []byte, mode backen
 	return h.Image.Prepare(p, off, payload, mode)
 }
 
+func (h *hooked) PrepareUnseen(p *backend.Plan, off, n int64) error {
+	h.mu.Lock()
+	f := h.preparing
+	h.mu.Unlock()
+	if f != nil {
+		if err := f(off, 0); err != nil {
+			return err
+		}
+	}
+	return h.Image.(backend.Receiver).PrepareUnseen(p, off, n)
+}
+
 func (h *hooked) Flush() error {
 	h.mu.Lock()
 	f := h.flushing
@@ -315,7 +327,8 @@ type rig struct {
 type rigConfig struct {
 	Config
 	tmpfs    bool
-	size     int64 // 4 MiB
+	dir      string // instead
+	size     int64  // 4 MiB
 	content  []byte
 	inactive bool
 	onStep   func(state.Step)
@@ -328,7 +341,10 @@ type rigConfig struct {
 
 func newRig(t testing.TB, cfg rigConfig) *rig {
 	t.Helper()
-	dir := t.TempDir()
+	dir := cfg.dir
+	if dir == "" {
+		dir = t.TempDir()
+	}
 	if cfg.tmpfs {
 		var err error
 		dir, err = os.MkdirTemp("/dev/shm", "ioloop")

@@ -161,6 +161,9 @@ func (c *conn) write(r *Request, payload []byte) error {
 		return nil
 	}
 	if admitted {
+		if c.putOff(r, payload) {
+			return nil
+		}
 		err := c.tryWrite(r, payload, &c.plan)
 		c.lane.Leave()
 		if err != backend.ErrWait {

@@ -39,6 +39,7 @@ func (c *conn) releaseBuffers() {
 		}
 	}
 	c.r, c.w, c.filled = 0, 0, 0
+	c.dropPuts()
 }
 
 // onRest and onPayload are what a receive does that has to wait; see
@@ -70,7 +71,9 @@ func (c *conn) signalRoom() {
 
 // awaitRoom waits until a task ends or memory of this connection is given
 // back since it was last called, or reports that the connection is broken.
+// Nothing is put off.
 func (c *conn) awaitRoom() bool {
+	c.swallow()
 	c.submit() // prepared tasks are admitted
 	select {
 	case <-c.room:
@@ -95,6 +98,7 @@ func (c *conn) lend(n int64, small bool) (lease, bool) {
 	l, ok := c.e.budget.try(w)
 	if !ok {
 		c.flush()
+		c.swallow()
 		if l, ok = c.e.acquire(w, c); !ok {
 			return lease{}, false
 		}

@@ -5,7 +5,20 @@ import (
 	"io"
 )
 
-// fill receives more input, at least one byte.
+// How fill looks at what comes next: see putoff.go.
+type look uint8
+
+const (
+	lookNot     look = iota // receives it
+	lookAll                 // sees as much as it would receive
+	lookRequest             // sees no more than a request without its payload
+)
+
+// requestPeek is what lookRequest looks at, in bytes: a large payload behind it is
+// then still to be received, where it belongs.
+const requestPeek = MaxHeader
+
+// fill receives more input, at least one byte, or looks at it.
 func (c *conn) fill() error {
 	if c.in == nil {
 		c.takeInput()
@@ -20,8 +33,20 @@ func (c *conn) fill() error {
 	if c.r == c.w {
 		idle = c.atRest
 	}
-	n, err := c.t.recv(c.in.raw[c.w:min(len(c.in.raw), c.w+inputSize)], idle)
-	c.owes.move(n)
+	space := c.in.raw[c.w:min(len(c.in.raw), c.w+inputSize)]
+	var n int
+	var err error
+	switch {
+	case c.next == lookAll, c.next == lookRequest && c.r == c.w:
+		if c.next == lookRequest {
+			space = space[:requestPeek]
+		}
+		n, err = c.peeker.peek(space, idle)
+		c.peeked, c.taken = n > 0, c.w
+	default:
+		n, err = c.t.recv(space, idle)
+		c.owes.move(n)
+	}
 	if err == errAgain {
 		return nil
 	}
@@ -40,6 +65,14 @@ func (c *conn) onPayload() (released bool) {
 
 // process decodes and executes every complete request of the input.
 func (c *conn) process() error {
+	c.next = lookNot
+	err := c.processInput()
+	c.settle()
+	c.unpeek() // if nothing was executed then next is lookNot, and fill waits
+	return err
+}
+
+func (c *conn) processInput() error {
 	for c.in != nil {
 		b := c.in.raw[c.r:c.w]
 		r := &c.req
@@ -53,6 +86,9 @@ func (c *conn) process() error {
 		if int64(len(b)-n) >= r.Payload {
 			c.owes.settled()
 			c.r += n + int(r.Payload)
+			if c.next == lookRequest {
+				c.next = lookNot
+			}
 			err = c.execute(r, b[n:n+int(r.Payload)])
 		} else if r.Payload <= smallPayload {
 			return nil // decoded again when the rest is here
@@ -93,11 +129,19 @@ func (c *conn) awaitTasks() error {
 // largePayload receives a payload that does not fit the input buffer and
 // executes its request.
 func (c *conn) largePayload(r *Request) error {
+	c.settle()
+	c.unpeek()
 	if r.Op != OpWrite {
 		if err := c.skip(r.Payload); err != nil {
 			return err
 		}
 		return c.execute(r, nil)
+	}
+	if c.peeker != nil {
+		c.next = lookRequest
+	}
+	if done, err := c.receiveInPlace(r); done || err != nil {
+		return err
 	}
 	t, ok := c.newTask(r, r.Payload)
 	if !ok {

@@ -14,8 +14,10 @@ type batch struct {
 	reads, writes, bytesRead, bytesWritten, dirtied, refused, errors uint64
 }
 
-// flush submits the tasks for the ring and sends the replies collected so far.
+// flush carries out the writes put off, submits the tasks for the ring and sends
+// the replies collected so far.
 func (c *conn) flush() {
+	c.settle()
 	c.submit()
 	c.batch.addTo(&c.disk.counts)
 	if len(c.gaps) == 0 {
@@ -80,6 +82,9 @@ func (b *batch) addTo(d *counts) {
 func (c *conn) space(n int) []byte {
 	if c.reply != nil && c.filled+n > len(c.reply.raw) {
 		c.flush()
+	}
+	if c.reply == nil {
+		c.settle() // taking one may wait
 	}
 	if c.reply == nil {
 		c.takeReply()

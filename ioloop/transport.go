@@ -45,6 +45,18 @@ type pageSender interface {
 // errFault: see pageSender.
 const errFault = unix.EFAULT
 
+// peeker is a transport that shows bytes before it hands them over. Its methods
+// are for the receiving goroutine.
+type peeker interface {
+	// peek is recv, but what it read stays to be received.
+	peek(p []byte, idle func() (released bool)) (int, error)
+	// take receives into iov what is there already; EFAULT if the first bytes
+	// cannot be put there. It works also after the deadline for receiving.
+	take(iov []unix.Iovec) (int, error)
+	// pending is how many bytes are there to be received.
+	pending() int
+}
+
 func newTransport(nc net.Conn) transport {
 	if sc, ok := nc.(syscall.Conn); ok {
 		if rc, err := sc.SyscallConn(); err == nil {
@@ -64,11 +76,20 @@ type socket struct {
 	// Arguments and results of the callbacks below, which are made once:
 	// a closure per call would allocate.
 	in struct {
-		p    []byte
-		n    int
-		err  error
-		idle func() (released bool)
-		fn   func(fd uintptr) bool
+		p     []byte
+		flags uintptr
+		n     int
+		err   error
+		idle  func() (released bool)
+		fn    func(fd uintptr) bool
+	}
+	took struct {
+		msg   unix.Msghdr
+		n     int
+		err   error
+		fn    func(fd uintptr)
+		there int32
+		ask   func(fd uintptr)
 	}
 	out struct {
 		msg   unix.Msghdr
@@ -84,11 +105,20 @@ type socket struct {
 func newSocket(nc net.Conn, rc syscall.RawConn) *socket {
 	s := &socket{nc: nc, rc: rc}
 	s.in.fn, s.out.fn = s.recvOnce, s.sendOnce
+	s.took.fn, s.took.ask = s.takeOnce, s.askPending
 	return s
 }
 
 func (s *socket) recv(p []byte, idle func() (released bool)) (int, error) {
-	s.in.p, s.in.n, s.in.err, s.in.idle = p, 0, nil, idle
+	return s.receive(p, idle, unix.MSG_DONTWAIT)
+}
+
+func (s *socket) peek(p []byte, idle func() (released bool)) (int, error) {
+	return s.receive(p, idle, unix.MSG_DONTWAIT|unix.MSG_PEEK)
+}
+
+func (s *socket) receive(p []byte, idle func() (released bool), flags uintptr) (int, error) {
+	s.in.p, s.in.n, s.in.err, s.in.idle, s.in.flags = p, 0, nil, idle, flags
 	err := s.rc.Read(s.in.fn)
 	s.in.p, s.in.idle = nil, nil
 	if err != nil {
@@ -104,7 +134,7 @@ func (s *socket) recvOnce(fd uintptr) bool {
 	}
 	for {
 		n, _, errno := syscall.RawSyscall6(unix.SYS_RECVFROM, fd,
-			uintptr(unsafe.Pointer(unsafe.SliceData(s.in.p))), uintptr(len(s.in.p)), unix.MSG_DONTWAIT, 0, 0)
+			uintptr(unsafe.Pointer(unsafe.SliceData(s.in.p))), uintptr(len(s.in.p)), s.in.flags, 0, 0)
 		switch errno {
 		case 0:
 			s.in.n = int(n)
@@ -126,6 +156,60 @@ func (s *socket) recvOnce(fd uintptr) bool {
 			s.in.err = errno
 			return true
 		}
+	}
+}
+
+// longTake is from where on a take is told to the scheduler, in bytes: it goes on
+// for as long as copying them does.
+const longTake = 1 << 20
+
+func (s *socket) take(iov []unix.Iovec) (int, error) {
+	s.took.msg.Iov = &iov[0]
+	s.took.msg.SetIovlen(len(iov))
+	s.took.n, s.took.err = 0, nil
+	err := s.rc.Control(s.took.fn)
+	s.took.msg.Iov = nil
+	if err != nil {
+		return 0, err
+	}
+	return s.took.n, s.took.err
+}
+
+func (s *socket) takeOnce(fd uintptr) {
+	call := syscall.RawSyscall
+	if s.took.msg.Iovlen == 1 && s.took.msg.Iov.Len >= longTake {
+		call = syscall.Syscall
+	}
+	for {
+		n, _, errno := call(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&s.took.msg)), unix.MSG_DONTWAIT)
+		switch {
+		case errno == unix.EINTR:
+			continue
+		case errno == unix.EAGAIN:
+			s.took.err = errAgain
+		case errno != 0:
+			s.took.err = errno
+		case n == 0:
+			s.took.err = io.EOF
+		default:
+			s.took.n = int(n)
+		}
+		return
+	}
+}
+
+func (s *socket) pending() int {
+	s.took.there = 0
+	if s.rc.Control(s.took.ask) != nil {
+		return 0
+	}
+	return int(s.took.there)
+}
+
+func (s *socket) askPending(fd uintptr) {
+	_, _, errno := syscall.RawSyscall(unix.SYS_IOCTL, fd, unix.SIOCINQ, uintptr(unsafe.Pointer(&s.took.there)))
+	if errno != 0 {
+		s.took.there = 0
 	}
 }
 

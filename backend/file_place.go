@@ -1,0 +1,67 @@
+package backend
+
+import (
+	"golang.org/x/sys/unix"
+)
+
+// What arrives for a file that is in memory anyhow can be received where it
+// belongs, by a system call that is given a writable, shared map of the file.
+// That saves a copy: on tmpfs (Linux 6.18), random writes from a Unix socket,
+// processor time of the whole loop with pwrite and so: 4 KiB 2.5 and 1.7 us,
+// 64 KiB 27 and 15, 1 MiB 396 and 205. Of the page cache of a disk's file
+// system each page would have to be faulted in again after every write-back.
+//
+// The map holds the description that holds the locks. It exists as long as the
+// description is open for writing, so never while the image is inactive.
+
+// Place is where [off, off+n) of the file lies in memory, and nil if it has no
+// such place. It is for system calls alone: one that finds no page there (the
+// file has become shorter, or no memory is left for a hole) fails with EFAULT,
+// where our own access would end the process (SIGBUS). WriteAfterFault then
+// says what is wrong. It may be used as long as the File is open.
+func (f *File) Place(off, n int64) []byte {
+	if f.place == nil || off < 0 || n <= 0 || off > f.limit.Load()-n {
+		return nil
+	}
+	return f.place[off : off+n : off+n]
+}
+
+// WriteAfterFault is WriteAt for what could not be put in its place. Past the
+// end of a file that has become shorter it gives EIO.
+func (f *File) WriteAfterFault(p []byte, off int64) error {
+	var st unix.Stat_t
+	if f.fstat(&st) == nil && off+int64(len(p)) > st.Size {
+		return f.fail("write", errPastEnd)
+	}
+	return f.WriteAt(p, off, false)
+}
+
+// mapPlace maps the file, as long as size says, if Place is for it. Without a
+// map all works as well, only slower.
+func (f *File) mapPlace() {
+	if int64(len(f.place)) == f.size {
+		return
+	}
+	f.unmapPlace()
+	if !f.writable || !f.traits.Tmpfs || f.faults != nil || f.size == 0 {
+		return
+	}
+	if b, err := unix.Mmap(f.fd, 0, int(f.size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+		f.place = b
+	}
+}
+
+func (f *File) unmapPlace() {
+	if f.place != nil {
+		_ = unix.Munmap(f.place) // it is what Mmap returned
+		f.place = nil
+	}
+}
+
+// thinPlace gives back what the map has gathered, so that unmapping it takes no
+// time: some 10 ms for each GiB that was written through it. The map stays in use.
+func (f *File) thinPlace() {
+	if f.place != nil {
+		_ = unix.Madvise(f.place, unix.MADV_DONTNEED) // a hint; it drops no byte of a shared map
+	}
+}
