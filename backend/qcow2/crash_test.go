@@ -30,9 +30,9 @@ type history struct {
 
 type stamp struct {
 	number  uint64
-	began   int // events when the write was begun
-	durable int // events when a flush that began after it had ended; -1 for never
-	flushed bool
+	began   int  // events when the write was begun
+	acked   bool // it was answered
+	durable int  // events when a flush that began after that had ended; -1 for never
 }
 
 func sectorOf(number uint64, sector int64) []byte {
@@ -50,7 +50,7 @@ func sectorOf(number uint64, sector int64) []byte {
 func newHistory(im *Image, events func() int) *history {
 	h := &history{im: im, events: events, sectors: make([][]stamp, im.Size()/512)}
 	for i := range h.sectors {
-		h.sectors[i] = []stamp{{durable: 0}}
+		h.sectors[i] = []stamp{{acked: true}}
 	}
 	return h
 }
@@ -66,7 +66,7 @@ func (h *history) note(first, n int64, zeros bool) uint64 {
 	}
 	now := h.events()
 	for s := first; s < first+n; s++ {
-		h.sectors[s] = append(h.sectors[s], stamp{number, now, -1, false})
+		h.sectors[s] = append(h.sectors[s], stamp{number, now, false, -1})
 	}
 	return number
 }
@@ -77,23 +77,36 @@ func (h *history) write(first, n int64) error {
 	for s := first; s < first+n; s++ {
 		p = append(p, sectorOf(number, s)...)
 	}
-	return h.im.writeAt(p, first*512)
+	err := h.im.writeAt(p, first*512)
+	h.acknowledge(first, n)
+	return err
+}
+
+// acknowledge notes that the latest change of sectors was answered. Nobody else
+// changes these.
+func (h *history) acknowledge(first, n int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for s := first; s < first+n; s++ {
+		h.sectors[s][len(h.sectors[s])-1].acked = true
+	}
 }
 
 func (h *history) zero(first, n int64, keep bool) error {
 	h.note(first, n, true)
-	return h.im.Zero(first*512, n*512, keep)
+	err := h.im.Zero(first*512, n*512, keep)
+	h.acknowledge(first, n)
+	return err
 }
 
-// flush makes durable what had been acknowledged: with nothing else under way
-// that is all there is.
+// flush makes durable what has been acknowledged.
 func (h *history) flush() error {
 	h.mu.Lock()
-	var now []*stamp
-	for _, all := range h.sectors {
+	var now [][2]int
+	for s, all := range h.sectors {
 		for i := range all {
-			if all[i].durable < 0 {
-				now = append(now, &all[i])
+			if all[i].durable < 0 && all[i].acked {
+				now = append(now, [2]int{s, i})
 			}
 		}
 	}
@@ -103,8 +116,10 @@ func (h *history) flush() error {
 	}
 	h.mu.Lock()
 	at := h.events()
-	for _, s := range now {
-		s.durable = at
+	for _, x := range now {
+		if w := &h.sectors[x[0]][x[1]]; w.durable < 0 {
+			w.durable = at
+		}
 	}
 	h.mu.Unlock()
 	return nil
@@ -142,7 +157,7 @@ func (h *history) judge(disk []byte, n int) error {
 
 // crashes looks at crash states of a history: some after every event, with
 // what was not synced lost in many ways.
-func crashes(t *testing.T, h *history, f *memfile.File, o Options, rng *rand.Rand, perEvent int, dataFile *memfile.File) {
+func crashes(t *testing.T, h *history, f *memfile.File, o Options, rng *rand.Rand, perEvent int) {
 	t.Helper()
 	from, events := f.Events()
 	withQEMU := 0
@@ -259,11 +274,69 @@ func TestCrashStates(t *testing.T) {
 					t.Fatal(err)
 				}
 				im.Close()
-				crashes(t, h, f, Options{Warn: func(string) {}}, rng, 4, nil)
+				crashes(t, h, f, Options{Warn: func(string) {}}, rng, 4)
 				if t.Failed() {
 					t.Fatalf("seed %d", seed)
 				}
 			}
+		})
+	}
+}
+
+// TestCrashStatesOfManyWriters has writers with sectors of their own, of which
+// many lie in one cluster, while others flush.
+func TestCrashStatesOfManyWriters(t *testing.T) {
+	for name, make := range map[string]func(t *testing.T) *memfile.File{
+		"512":        func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=512") },
+		"4k":         func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=4k") },
+		"extended":   func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=16k", "extended_l2=on") },
+		"compressed": func(t *testing.T) *memfile.File { return withSectors(t, "-c", "cluster_size=4k") },
+		"snapshot":   func(t *testing.T) *memfile.File { return snapshotted(t, withSectors(t, "", "cluster_size=4k")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := make(t)
+			im := opened(t, f, Options{L2Cache: 1})
+			h := newHistory(im, func() int { _, e := f.Events(); return len(e) })
+			disk := readAll(t, im)
+			for s := range h.sectors {
+				h.sectors[s][0].number = binary.BigEndian.Uint64(disk[s*512:])
+				h.next = max(h.next, h.sectors[s][0].number)
+			}
+			im.alloc.least = 0
+			f.Record()
+			if err := im.Begin(nil); err != nil {
+				t.Fatal(err)
+			}
+			const writers = 6
+			var wg sync.WaitGroup
+			for w := range writers {
+				wg.Go(func() {
+					rng := rand.New(rand.NewPCG(uint64(w), 15))
+					for range 40 {
+						// Pairs of sectors in turn.
+						first := (rng.Int64N(int64(len(h.sectors))/2/writers)*writers + int64(w)) * 2
+						var err error
+						switch rng.IntN(6) {
+						case 0:
+							err = h.zero(first, 2, rng.IntN(2) == 0)
+						case 1, 2:
+							err = h.flush()
+						default:
+							err = h.write(first, 1+rng.Int64N(2))
+						}
+						if err != nil {
+							t.Error(err)
+							return
+						}
+					}
+				})
+			}
+			wg.Wait()
+			if err := errors.Join(im.Settle(), h.flush()); err != nil {
+				t.Fatal(err)
+			}
+			im.Close()
+			crashes(t, h, f, Options{Warn: func(string) {}}, rand.New(rand.NewPCG(1, 16)), 3)
 		})
 	}
 }

@@ -86,7 +86,7 @@ func newImage(f File, h *Header, l1Offset int64, l1Entries int, o Options) (*Ima
 	size := min(sliceSize, g.ClusterSize())
 	im.sliceWords = int(size / 8)
 	im.sliceBits = bits.TrailingZeros64(uint64(size / g.EntrySize()))
-	im.cache.limit = int(max(o.L2Cache/size, 16))
+	im.cache.limit = int(max(o.L2Cache/size, 2))
 	im.alloc.least = growMin
 	im.cache.loading = make(map[loadKey]*load)
 	im.refs.metadata = make(clusterSet)
