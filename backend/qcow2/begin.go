@@ -17,10 +17,13 @@ func (im *Image) Begin(progress func(done, total int64)) error {
 	if im.h.Incompatible&Corrupt != 0 {
 		return im.refused(unix.EIO, "it is marked corrupt, and served for reading only; look at it with nbd-export check, and mend it with --repair all")
 	}
+	if im.h.Incompatible&Dirty != 0 && im.opts.NoRepair {
+		return im.refused(unix.EIO, "it was not closed in order and its refcounts may be wrong; mend it with nbd-export check --repair all")
+	}
+	if err := im.beginBitmaps(); err != nil {
+		return err
+	}
 	if im.h.Incompatible&Dirty != 0 {
-		if im.opts.NoRepair {
-			return im.refused(unix.EIO, "it was not closed in order and its refcounts may be wrong; mend it with nbd-export check --repair all")
-		}
 		if err := im.repairDirty(progress); err != nil {
 			return err
 		}
@@ -84,6 +87,9 @@ func (im *Image) Settle() error {
 	im.stopTimer()
 	defer im.allowTimer()
 	for {
+		if err := im.settleBitmaps(); err != nil {
+			return err
+		}
 		// The file is cut before the flush, whose sync makes that durable: no
 		// table in the file names what is cut off, as the last flush left it.
 		im.trim()

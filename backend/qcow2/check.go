@@ -276,7 +276,7 @@ func (c *checker) walkBitmaps() error {
 		for k, e := range t {
 			off := hostOffset(e)
 			switch {
-			case e&bitmapTableReserved != 0 || off != 0 && (e&bitmapAllOnes != 0 || c.g.Within(off) != 0):
+			case c.g.bitmapFault(e):
 				c.corrupt("bitmap %q: entry %d of its table, %#x, is not possible", b.Name, k, e)
 			case off != 0:
 				c.count("bitmap", off, c.g.ClusterSize())

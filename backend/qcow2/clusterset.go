@@ -2,7 +2,7 @@ package qcow2
 
 // clusterSet is a set of host clusters by number: a bit for each in words of 64
 // neighbours. A member far from all others takes some 40 bytes, so that no
-// tables, which are 5 million at most, make it larger than 200 MiB.
+// tables and bitmaps, which are 6 million at most, make it larger than 250 MiB.
 type clusterSet map[int64]uint64
 
 func (s clusterSet) has(c int64) bool { return s[c>>6]>>(c&63)&1 != 0 }

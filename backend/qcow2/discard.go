@@ -6,7 +6,7 @@ import "unsafe"
 // as zeros afterwards, or as before where that cannot be had for nothing.
 // It may block. It is durable after the next Flush.
 func (im *Image) Discard(off, n int64) error {
-	if err := im.writable(); err != nil {
+	if err := im.change(off, n, MayBlock); err != nil {
 		return err
 	}
 	pin := im.pins.enter(unsafe.Pointer(&n)) // as Status
@@ -46,7 +46,7 @@ func (im *Image) discarded(base int64, was cell) (cell, bool) {
 // Zero makes a range read as zeros, with keep without giving up clusters that
 // are there. It may block. It is durable after the next Flush.
 func (im *Image) Zero(off, n int64, keep bool) error {
-	if err := im.writable(); err != nil {
+	if err := im.change(off, n, MayBlock); err != nil {
 		return err
 	}
 	pin := im.pins.enter(unsafe.Pointer(&n)) // as Status

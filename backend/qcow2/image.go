@@ -57,6 +57,8 @@ type Image struct {
 	flush  flusher
 	tables sync.Mutex // see cache for the order
 
+	bitmaps bitmaps
+
 	headerMu sync.Mutex // leaf
 	begun    atomic.Bool
 	broken   atomic.Bool // marked corrupt

@@ -146,6 +146,9 @@ func (im *Image) findMetadata() error {
 	if err := im.addSnapshots(add); err != nil {
 		return err
 	}
+	if err := im.addBitmaps(add); err != nil {
+		return err
+	}
 	im.refs.mu.Lock()
 	im.refs.metadata = set
 	im.refs.mu.Unlock()

@@ -38,7 +38,7 @@ type piece struct {
 // but zeros shows through and a cluster that reads as zeros is ready, it does
 // no I/O; otherwise it needs MayBlock, and copies what is around the write.
 func (im *Image) Prepare(p *Plan, off, n int64, mode Mode) error {
-	if err := im.writable(); err != nil {
+	if err := im.change(off, n, mode); err != nil {
 		return err
 	}
 	p.reset()
@@ -406,6 +406,30 @@ func (im *Image) undoChanges(p *Plan) {
 		im.release(c.slice)
 	}
 	p.reset()
+}
+
+// change is called before a range of the disk changes. It refuses that, or
+// sees to it that bitmaps tell of it.
+func (im *Image) change(off, n int64, mode Mode) error {
+	if err := im.writable(); err != nil {
+		return err
+	}
+	bs := &im.bitmaps
+	if len(bs.auto) == 0 {
+		return nil
+	}
+	if bs.closed.Load() {
+		if mode&MayBlock == 0 {
+			return ErrWait
+		}
+		if err := im.openBitmaps(); err != nil {
+			return err
+		}
+	}
+	if n > 0 {
+		bs.mark(off, n)
+	}
+	return nil
 }
 
 // writable refuses changes of an image that is not begun, or is damaged.

@@ -133,5 +133,6 @@ func (im *Image) Snapshot(name string) (*Image, error) {
 		return nil, err
 	}
 	s.h.Size = found.Size
+	s.h.Bitmaps = nil // they are of the active disk
 	return s, nil
 }
