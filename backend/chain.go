@@ -30,6 +30,8 @@ type chain struct {
 
 	roots   []string // directories
 	files   []*File
+	// behindPaths are those of the backing files.
+	behindPaths []string
 	backing int64 // qcow2 images behind the first
 }
 
@@ -104,7 +106,7 @@ func (c *chain) image(f *File, path string) (*qcow2.Image, error) {
 		}
 		o.Data = data
 	}
-	if h.Backing != "" {
+	if h.Backing != "" && !(first && c.opts.NoBacking) {
 		if o.Backing, err = c.behind(path, h); err != nil {
 			return nil, err
 		}
@@ -134,6 +136,7 @@ func (c *chain) behind(path string, h *qcow2.Header) (qcow2.Backing, error) {
 	if err != nil {
 		return nil, err
 	}
+	c.behindPaths = append(c.behindPaths, below)
 	if h.BackingFormat != "qcow2" {
 		return qcow2.NewRawBacking(f), nil
 	}

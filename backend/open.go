@@ -6,6 +6,8 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend/qcow2"
 )
 
 // CacheMode says how the host's page cache is used.
@@ -46,6 +48,9 @@ const (
 	DropCacheOff  DropCacheMode = "off"
 )
 
+// DefaultL2Cache is Options.L2Cache where that is 0, in bytes.
+const DefaultL2Cache = qcow2.DefaultL2Cache
+
 // Options describe the image to open. The zero value of each mode is its
 // default.
 type Options struct {
@@ -63,6 +68,9 @@ type Options struct {
 	// L2Cache is how many bytes of a qcow2 image's L2 tables are kept in
 	// memory, and as many again of those behind it; 0 for 32 MiB.
 	L2Cache int64
+	// NoBacking: what a qcow2 image has not reads as zeros, whatever backing
+	// file it names.
+	NoBacking bool
 	// NoRepair: a qcow2 image that its last owner left dirty is not activated.
 	NoRepair bool
 	// Snapshot is the name or ID of an internal snapshot of a qcow2 image to

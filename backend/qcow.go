@@ -24,6 +24,32 @@ type qcow struct {
 	all    []*File // with what it leads to
 	size   atomic.Int64
 	active bool
+	about  QcowInfo // as it was opened
+}
+
+// QcowInfo is what the header of a qcow2 image says.
+type QcowInfo struct {
+	Version, RefcountBits                                  int
+	ClusterSize                                            int64  // bytes
+	Compression                                            string // "zlib" or "zstd"
+	Dirty, Corrupt, LazyRefcounts, ExtendedL2, DataFileRaw bool
+	DataFile, Backing, BackingFormat                       string   // as recorded, "" for none
+	Chain                                                  []string // paths of the backing files that are open, in their order
+}
+
+func newQcowInfo(h *qcow2.Header, chain []string) QcowInfo {
+	i := QcowInfo{
+		Version: h.Version, RefcountBits: 1 << h.RefcountOrder,
+		ClusterSize: h.Geometry().ClusterSize(), Compression: "zlib",
+		Dirty: h.Incompatible&qcow2.Dirty != 0, Corrupt: h.Incompatible&qcow2.Corrupt != 0,
+		LazyRefcounts: h.Compatible&qcow2.LazyRefcounts != 0, ExtendedL2: h.Incompatible&qcow2.ExtendedL2 != 0,
+		DataFileRaw: h.Autoclear&qcow2.DataFileRaw != 0,
+		DataFile:    h.DataFileName, Backing: h.Backing, BackingFormat: h.BackingFormat, Chain: chain,
+	}
+	if h.CompressionType == qcow2.Zstd {
+		i.Compression = "zstd"
+	}
+	return i
 }
 
 var (
@@ -56,8 +82,23 @@ func (q *qcowFormat) view(f *File, active bool) (*view, error) {
 	}
 	v := &qcow{qcowFormat: q, disk: disk, file: f, all: c.files, active: active}
 	v.size.Store(disk.Size())
+	v.about = newQcowInfo(disk.Header(), c.behindPaths)
 	return &view{file: f, others: c.files[1:], active: active, content: v}, nil
 }
+
+// Qcow2 describes the image as it was opened or last activated, if it is a qcow2
+// image. It never waits; what it returns is not to be changed.
+func (o *Owned) Qcow2() (QcowInfo, bool) {
+	q, ok := o.cur.Load().content.(*qcow)
+	if !ok {
+		return QcowInfo{}, false
+	}
+	return q.about, true
+}
+
+// FileSize is the length in bytes of the file that Options.Path names. It never
+// waits.
+func (o *Owned) FileSize() int64 { return o.cur.Load().file.Length() }
 
 // checkProbed keeps an image whose format was guessed from leading to other
 // files: a guest that has a raw disk could have written its header.

@@ -1,6 +1,7 @@
 package control
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io/fs"
@@ -41,7 +42,8 @@ func blockdevFields() fields {
 			"file":        file,
 			"host_device": file,
 			"raw":         {{name: "offset", kind: integer}, {name: "size", kind: integer}, ref},
-			"qcow2":       {ref, backing},
+			"qcow2": {ref, backing, {name: "l2-cache-size", kind: integer}, {name: "cache-size", kind: integer},
+				{name: "refcount-cache-size", kind: integer}, flag("lazy-refcounts")},
 		},
 	}
 	return *below
@@ -73,6 +75,8 @@ func newBlockNode(a args, above *blockNode) (*blockNode, error) {
 	n.forceShare = argOr(a, "force-share", inherited.forceShare)
 	n.direct = argOr(arg[args](a, "cache"), "direct", inherited.direct)
 	n.unmap = argOr(a, "discard", discard) == "unmap"
+	n.l2Cache = cmp.Or(arg[int64](a, "l2-cache-size"), arg[int64](a, "cache-size"))
+	_, n.noBacking = a["backing"]
 	if drop, ok := a["drop-cache"].(bool); ok {
 		n.dropCache = backend.DropCacheOff
 		if drop {
@@ -89,7 +93,9 @@ func (n *blockNode) check(a args) error {
 	case n.forceShare && !n.readOnly:
 		return generic("force-share=on can only be used with read-only images")
 	case a["backing"] != nil:
-		return generic("Parameter 'backing' is not supported by nbd-export but for null")
+		return generic("Parameter 'backing' is not supported by nbd-export but for null: the backing file that the image names is opened")
+	case n.l2Cache < 0 || arg[int64](a, "cache-size") < 0:
+		return generic("Parameters 'l2-cache-size' and 'cache-size' cannot be negative")
 	case argOr(a, "detect-zeroes", "off") != "off":
 		return generic("Parameter 'detect-zeroes' is not supported by nbd-export but for 'off'")
 	case part || arg[int64](a, "offset") != 0:
@@ -264,7 +270,7 @@ func (s *session) open(file, format *blockNode) (*Target, error) {
 		IgnoreDiscard: !file.unmap,
 	}
 	if format != nil {
-		o.Format = format.driver
+		o.Format, o.L2Cache, o.NoBacking = format.driver, format.l2Cache, format.noBacking
 		o.ReadOnly = o.ReadOnly || format.readOnly
 		o.IgnoreDiscard = o.IgnoreDiscard || !format.unmap
 	}
@@ -346,7 +352,7 @@ func (s *session) keepFile(t *Target, file *blockNode) error {
 	}
 	return s.server.cfg.Registry.publish(&Target{
 		Node: file.name, Machine: t.Machine, Image: t.Image, Disk: t.Disk, Device: t.Device, Direct: t.Direct,
-		Stats: t.Stats, Locks: t.Locks, Record: t.Record, Takeover: t.Takeover,
+		Stats: t.Stats, Locks: t.Locks, Record: t.Record, Repairing: t.Repairing, Takeover: t.Takeover,
 		file: file, fileActive: file.active,
 	}, t)
 }

@@ -15,6 +15,8 @@ type blockNode struct {
 	filename, ownerRecord               string // of a file node
 	locking                             backend.LockingMode
 	dropCache                           backend.DropCacheMode
+	l2Cache                             int64 // of a qcow2 node, bytes; 0 for the default
+	noBacking                           bool
 	// active is what was asked for when it was added.
 	active bool
 }
@@ -47,6 +49,7 @@ type blockDevice struct {
 	File           string     `json:"file"`
 	RO             bool       `json:"ro"`
 	Drv            string     `json:"drv"`
+	BackingFile    string     `json:"backing_file,omitempty"`
 	BackingDepth   int        `json:"backing_file_depth"`
 	Active         bool       `json:"active"`
 	Encrypted      bool       `json:"encrypted"`
@@ -70,10 +73,67 @@ type blockCache struct {
 
 // imageInfo is QEMU's ImageInfo.
 type imageInfo struct {
-	Filename    string `json:"filename"`
-	Format      string `json:"format"`
-	VirtualSize int64  `json:"virtual-size"`
-	DirtyFlag   bool   `json:"dirty-flag"`
+	Filename      string          `json:"filename"`
+	Format        string          `json:"format"`
+	VirtualSize   int64           `json:"virtual-size"`
+	DirtyFlag     bool            `json:"dirty-flag"`
+	ClusterSize   int64           `json:"cluster-size,omitempty"`
+	Backing       string          `json:"backing-filename,omitempty"`
+	FullBacking   string          `json:"full-backing-filename,omitempty"`
+	BackingFormat string          `json:"backing-filename-format,omitempty"`
+	Specific      *formatSpecific `json:"format-specific,omitempty"`
+}
+
+// formatSpecific is QEMU's ImageInfoSpecific of a qcow2 image.
+type formatSpecific struct {
+	Type string        `json:"type"`
+	Data qcow2Specific `json:"data"`
+}
+
+type qcow2Specific struct {
+	Compat        string `json:"compat"`
+	DataFile      string `json:"data-file,omitempty"`
+	DataFileRaw   bool   `json:"data-file-raw,omitempty"`
+	ExtendedL2    bool   `json:"extended-l2"`
+	LazyRefcounts bool   `json:"lazy-refcounts"`
+	Corrupt       bool   `json:"corrupt"`
+	RefcountBits  int    `json:"refcount-bits"`
+	Compression   string `json:"compression-type"`
+}
+
+// hostImage is the part of an image that tells of its files; *backend.Owned is
+// one.
+type hostImage interface {
+	FileSize() int64
+	Qcow2() (backend.QcowInfo, bool)
+}
+
+// layers tells the size of a file node from that of a format node, and adds what
+// is known of that.
+func (d *blockDevice) layers(img hostImage, file bool) {
+	if file {
+		d.Image.VirtualSize = img.FileSize()
+	} else if q, ok := img.Qcow2(); ok {
+		d.describe(q)
+	}
+}
+
+// describe adds what is in a qcow2 image's header.
+func (d *blockDevice) describe(q backend.QcowInfo) {
+	i := &d.Image
+	i.ClusterSize, i.DirtyFlag = q.ClusterSize, q.Dirty
+	if d.BackingDepth = len(q.Chain); d.BackingDepth > 0 {
+		d.BackingFile = q.Chain[0]
+		i.Backing, i.FullBacking, i.BackingFormat = q.Backing, q.Chain[0], q.BackingFormat
+	}
+	data := qcow2Specific{
+		Compat: "1.1", DataFile: q.DataFile, DataFileRaw: q.DataFileRaw, ExtendedL2: q.ExtendedL2,
+		LazyRefcounts: q.LazyRefcounts, Corrupt: q.Corrupt, RefcountBits: q.RefcountBits, Compression: q.Compression,
+	}
+	if q.Version == 2 {
+		data.Compat = "0.10"
+	}
+	i.Specific = &formatSpecific{"qcow2", data}
 }
 
 func (s *session) queryNodes(args) (any, error) {
@@ -89,6 +149,9 @@ func (s *session) queryNodes(args) (any, error) {
 			}
 			if n == t.file {
 				d.Active = file
+			}
+			if img, ok := t.Image.(hostImage); ok {
+				d.layers(img, n == t.file)
 			}
 			list = append(list, d)
 		}

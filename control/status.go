@@ -37,6 +37,8 @@ type ImageStatus struct {
 	// Step and StepSeconds are set while a transition is under way.
 	Step        string  `json:"step,omitempty"`
 	StepSeconds float64 `json:"step-seconds,omitempty"`
+	// Repair is set while a step repairs the image.
+	Repair *Repair `json:"repair,omitempty"`
 	// Cause is why the image failed, LastError why the last order did.
 	Cause     string `json:"cause,omitempty"`
 	LastError string `json:"last-error,omitempty"`
@@ -44,6 +46,12 @@ type ImageStatus struct {
 	Locks  Locks  `json:"locks"`
 	Record Record `json:"owner-record"`
 	ioloop.Stats
+}
+
+// Repair is how far a repair has come, in bytes of the image.
+type Repair struct {
+	Done  int64 `json:"done"`
+	Total int64 `json:"total"`
 }
 
 // Locks says how the image is protected.
@@ -141,6 +149,11 @@ func (t *Target) Status() ImageStatus {
 	}
 	if m.Step != "" {
 		s.StepSeconds = time.Since(m.StepSince).Seconds()
+	}
+	if t.Repairing != nil {
+		if done, total := t.Repairing(); total > 0 {
+			s.Repair = &Repair{done, total}
+		}
 	}
 	if t.Locks != nil {
 		s.Locks = t.Locks()

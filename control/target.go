@@ -35,6 +35,10 @@ type Target struct {
 	Stats  func() ioloop.Stats
 	Locks  func() Locks
 	Record func() Record
+	// Repairing is how far the repair of the image has come that its
+	// activation has begun, in bytes, of 0 if there is none. It never waits,
+	// and may be nil.
+	Repairing func() (done, total int64)
 	// Takeover is how peers get the image, and how it is got from them; nil
 	// if peers get it at once and nothing is taken.
 	Takeover *Takeover

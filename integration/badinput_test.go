@@ -113,9 +113,11 @@ func TestBadFormats(t *testing.T) {
 	qcow2 := dir + "/disk.qcow2"
 	run(t, "qemu-img", "create", "-q", "-f", "qcow2", qcow2, "1M")
 	before := snap(t, qcow2)
-	// Never served as raw by guess.
-	r := cli(t, "serve", "-k", shortDir(t)+"/nbd", qcow2)
-	wantFailure(t, r, 1, qcow2, "qcow2")
+	// A guess leads to no other file.
+	overlay := dir + "/overlay.qcow2"
+	run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", qcow2, "-F", "qcow2", overlay)
+	r := cli(t, "serve", "-k", shortDir(t)+"/nbd", overlay)
+	wantFailure(t, r, 1, overlay, "-f qcow2")
 	sameSnap(t, qcow2, before)
 	serveFails(t, 2, []string{"-f", "vmdk", qcow2}, "vmdk")
 }

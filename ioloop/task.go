@@ -475,9 +475,13 @@ func (t *task) sendData() {
 	c.out.enqueue(t.segs...)
 }
 
+// maxChunks is the most pieces that a reply with holes has. One of more, as of
+// a fragmented image, is sent whole: a client has work with each.
+const maxChunks = 64
+
 // hasHoles reports whether the reply to a read tells its holes.
 func (t *task) hasHoles() bool {
-	if !t.conn.codec.Chunked(&t.req) {
+	if t.req.Length < findHolesAt || len(t.plan.Extents) > maxChunks || !t.conn.codec.Chunked(&t.req) {
 		return false
 	}
 	for i := range t.plan.Extents {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,11 @@ type daemonOptions struct {
 	dirty   int64  // bytes that an inactivation may leave when its gate closes
 	engine  string // "auto", "portable" or "uring"
 	first   []startOrder
+
+	// Of qcow2 images:
+	allowBacking []string // directories
+	l2Cache      int64    // bytes, of each that has no other
+	noRepair     bool
 }
 
 // startOrder is a command of the control socket that came with the start.
@@ -189,6 +195,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		opt.ControlAddress = address
 	}
 	opt.Warn = func(text string) { log.Warn(text) }
+	opt.AllowBacking, opt.NoRepair, opt.L2Cache = d.opt.allowBacking, d.opt.noRepair, cmp.Or(opt.L2Cache, d.opt.l2Cache)
 	img, hooks, err := openImage(opt.Options)
 	if err != nil {
 		return nil, err
@@ -222,6 +229,12 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		Record: func() control.Record {
 			p := img.RecordPlace()
 			return control.Record{Path: p.Path, PerProcess: p.PerProcess}
+		},
+		Repairing: func() (done, total int64) {
+			if p := img.Repairing(); p != nil {
+				done, total = p.Done, p.Total
+			}
+			return done, total
 		},
 		Locks: func() control.Locks { return control.Locks{Held: img.LocksHeld(), Scope: img.LockScope()} },
 	}

@@ -61,6 +61,7 @@ status is 1 if a last write or flush failed.`,
 	f.StringArrayVar(&servers, "nbd-server", nil, "start the NBD server: `OPTIONS` as addr.type=unix,addr.path=PATH or JSON")
 	f.StringArrayVar(&nodes, "blockdev", nil, "add a node: `OPTIONS` of blockdev-add as KEY=VALUE,... or JSON")
 	f.StringArrayVar(&exports, "export", nil, "add an export: `OPTIONS` of block-export-add as KEY=VALUE,... or JSON")
+	process.addQcow2(cmd)
 	process.addRest(cmd)
 	f.SortFlags = false
 	return cmd

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
 
+	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/bench"
 	"github.com/nbd-export/nbd-export/control"
 )
@@ -15,13 +16,17 @@ import (
 type processFlags struct {
 	control, pidFile    string
 	memory, dirty       bench.Size
+	l2Cache             bench.Size
+	allowBacking        []string
+	repair              *choice
 	engine              *choice
 	logLevel, logFormat *choice
 }
 
 func newProcessFlags() *processFlags {
 	return &processFlags{
-		memory: 256 << 20, dirty: 32 << 20,
+		memory: 256 << 20, dirty: 32 << 20, l2Cache: backend.DefaultL2Cache,
+		repair:    choose("on", "off"),
 		engine:    choose("auto", "portable", "uring"),
 		logLevel:  choose("info", "debug", "warn", "error"),
 		logFormat: choose("console", "json"),
@@ -47,15 +52,35 @@ func (p *processFlags) addRest(cmd *cobra.Command) {
 	p.logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
 }
 
+// addQcow2 adds the flags of qcow2 images.
+func (p *processFlags) addQcow2(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringArrayVar(&p.allowBacking, "allow-backing", nil, "backing and data files of qcow2 images may also be in `DIR`, beside the image's own directory")
+	f.Var(&p.l2Cache, "l2-cache-size", "`SIZE` of the tables of a qcow2 image kept in memory; 1/8192 of the disk, with clusters of 64 KiB, covers all of it")
+	p.repair.addTo(cmd, "repair-on-activate", "", "repair a qcow2 image whose last owner died, or refuse to activate it")
+	_ = cmd.MarkFlagDirname("allow-backing")
+}
+
 // settle checks the flags and puts them into d. An error is wrong usage.
 func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger, error) {
 	if err := needPaths(cmd, "control", "pid-file"); err != nil {
 		return nil, err
 	}
+	for _, dir := range p.allowBacking {
+		if st, err := os.Stat(dir); err != nil {
+			return nil, usageError{fmt.Errorf("%s: --allow-backing: %w", cmd.Name(), err)}
+		} else if !st.IsDir() {
+			return nil, usageError{fmt.Errorf("%s: --allow-backing %s is not a directory", cmd.Name(), dir)}
+		}
+	}
+	if p.l2Cache < 1<<16 {
+		return nil, usageError{fmt.Errorf("%s: --l2-cache-size %s is too little; give at least 64k", cmd.Name(), p.l2Cache.String())}
+	}
 	if p.memory < 1<<20 {
 		return nil, usageError{fmt.Errorf("%s: --memory %s is too little; give at least 1M", cmd.Name(), p.memory.String())}
 	}
 	d.control, d.pidFile = p.control, p.pidFile
+	d.allowBacking, d.l2Cache, d.noRepair = p.allowBacking, int64(p.l2Cache), p.repair.value == "off"
 	d.memory, d.dirty, d.engine = int64(p.memory), int64(p.dirty), p.engine.value
 	log, err := control.NewLogger(control.NewLines(os.Stderr), p.logLevel.value, p.logFormat.value)
 	if err != nil {

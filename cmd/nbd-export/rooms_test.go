@@ -15,6 +15,7 @@ import (
 // not listed imports none of ours.
 var arrows = map[string][]string{
 	"cmd/nbd-export": {"backend", "bench", "control", "export", "ioloop", "state"},
+	"backend":        {"backend/qcow2"},
 	"control":        {"backend", "export", "ioloop", "state"},
 	"export":         {"backend", "export/wire", "ioloop", "state"},
 	"ioloop":         {"backend", "state"},

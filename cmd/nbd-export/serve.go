@@ -37,6 +37,10 @@ func newServeCommand(signals *control.Signals) *cobra.Command {
 becomes the owner of the image first, and fails if another process owns it. Who
 owns it stands in IMAGE.owner, beside the image (see who).
 
+The backing files and the data file of a qcow2 image are found by the names in it,
+in its directory or those of --allow-backing. Without -f an image is served as
+qcow2 if it begins like one and leads to no other file.
+
 Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809. The pid
 file is written when connections are accepted and the control socket is ready.
 
@@ -57,6 +61,9 @@ last write or flush failed.`,
   # two exporters between which the disk goes by itself, to whose client writes
   nbd-export serve -f raw -k /run/a.sock --control /run/a.ctl --takeover /run/b.ctl disk.img
   nbd-export serve -f raw -k /run/b.sock --control /run/b.ctl --takeover /run/a.ctl --inactive disk.img
+
+  # a qcow2 image whose backing file is elsewhere
+  nbd-export serve -f qcow2 --allow-backing /srv/templates -k /run/a.sock vm1.qcow2
 
   # on the network, under a name, read-only
   nbd-export serve -f raw -r -b 0.0.0.0 -x disk disk.img`,
@@ -87,6 +94,12 @@ last write or flush failed.`,
 				host := strings.TrimSuffix(strings.TrimPrefix(bind, "["), "]") // as in a URI
 				d.tcp = net.JoinHostPort(host, strconv.Itoa(port))
 			}
+			if flags.Changed("snapshot") {
+				if i.Snapshot == "" {
+					return usageError{errors.New("serve: --snapshot needs the name or ID of a snapshot")}
+				}
+				i.ReadOnly = true
+			}
 			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
 				return usageError{fmt.Errorf("serve: %w", err)}
 			}
@@ -112,6 +125,8 @@ last write or flush failed.`,
 	locking.addTo(cmd, "locking", "", "lock the image while it is active")
 	dropCache.addTo(cmd, "drop-cache", "", "drop the page cache on activation")
 	f.IntVarP(&d.shared, "shared", "e", 0, "at most `N` connections at once; 0 for unlimited")
+	f.StringVar(&i.Snapshot, "snapshot", "", "serve internal snapshot `NAME` of a qcow2 image, read-only")
+	process.addQcow2(cmd)
 	process.addRest(cmd)
 	f.SortFlags = false
 	_ = cmd.MarkFlagFilename("socket")

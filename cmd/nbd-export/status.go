@@ -150,7 +150,11 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		}
 		row("state", "%s%s", i.State, mode)
 		if i.Step != "" {
-			row("step", "%s for %s%s", i.Step, seconds(i.StepSeconds), aheadText(i))
+			repair := ""
+			if r := i.Repair; r != nil {
+				repair = fmt.Sprintf(", repairing the image, %d%%", r.Done*100/r.Total)
+			}
+			row("step", "%s for %s%s%s", i.Step, seconds(i.StepSeconds), aheadText(i), repair)
 		}
 		if i.Since.IsZero() {
 			continue // QEMU's daemon says no more
