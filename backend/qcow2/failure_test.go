@@ -1,0 +1,242 @@
+package qcow2
+
+import (
+	"bytes"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend/qcow2/memfile"
+)
+
+// failing are images whose every kind of table changes in a short history.
+var failing = map[string]func(t *testing.T) *memfile.File{
+	"new tables":     func(t *testing.T) *memfile.File { return made(t, "200k", "cluster_size=512") },
+	// A few clusters more, and the refcount table has to become larger.
+	"refcount table": func(t *testing.T) *memfile.File {
+		f := made(t, "2304k", "cluster_size=512", "refcount_bits=64")
+		im := opened(t, f, Options{})
+		im.alloc.least = 0
+		if err := im.Begin(nil); err != nil {
+			t.Fatal(err)
+		}
+		for off := int64(0); im.alloc.end+4 < int64(len(im.refs.table))*im.g.refcountsPerBlock(); off += 512 {
+			if err := im.writeAt(bytes.Repeat([]byte{1}, 512), off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := im.Settle(); err != nil {
+			t.Fatal(err)
+		}
+		im.Close()
+		return f
+	},
+	"extended":       func(t *testing.T) *memfile.File { return made(t, "200k", "cluster_size=16k", "extended_l2=on") },
+	"snapshot, compressed": func(t *testing.T) *memfile.File {
+		path := filepath.Join(t.TempDir(), "f.qcow2")
+		raw := path + ".raw"
+		if err := os.WriteFile(raw, bytes.Repeat([]byte("0123456789abcdef"), 200<<10/16), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		qemuImg(t, "convert", "-c", "-O", "qcow2", "-o", "cluster_size=1k", raw, path)
+		qemuImg(t, "snapshot", "-c", "s", path)
+		return loaded(t, path)
+	},
+}
+
+// story does the same on every call: writes, zeros, discards, flushes, and in
+// the end Settle. What fails is done again, once: only one call fails.
+func story(t *testing.T, im *Image, shadow []byte) (failures int) {
+	t.Helper()
+	rng := rand.New(rand.NewPCG(5, 5))
+	again := func(what string, do func() error) {
+		t.Helper()
+		if err := do(); err != nil {
+			failures++
+			if err := do(); err != nil {
+				t.Fatalf("%s fails again: %v", what, err)
+			}
+		}
+	}
+	cluster := im.g.ClusterSize()
+	// Where nothing is yet, in the large one.
+	p := noise(rng, min(16*cluster, im.Size()/2))
+	last := im.Size() - int64(len(p))
+	again("write", func() error { return im.writeAt(p, last) })
+	copy(shadow[last:], p)
+	again("flush", im.Flush)
+	for range 30 {
+		off := rng.Int64N(im.Size() - cluster)
+		n := 1 + rng.Int64N(min(im.Size()-off, 3*cluster))
+		switch rng.IntN(6) {
+		case 0:
+			again("zero", func() error { return im.Zero(off, n, false) })
+			clear(shadow[off : off+n])
+		case 1:
+			off &^= cluster - 1
+			n = min(4*cluster, im.Size()-off) &^ (cluster - 1)
+			again("discard", func() error { return im.Discard(off, n) })
+			clear(shadow[off : off+n])
+		case 2:
+			again("flush", im.Flush)
+		default:
+			p := noise(rng, n)
+			again("write", func() error { return im.writeAt(p, off) })
+			copy(shadow[off:], p)
+		}
+	}
+	again("settle", im.Settle)
+	return failures
+}
+
+// TestEveryFailedCallCanBeDoneAgain has each call that changes the file fail in
+// its turn, with an error that a full disk or a bad sector gives. Nothing is
+// lost, nothing is leaked, and whoever opens the image then finds it whole.
+func TestEveryFailedCallCanBeDoneAgain(t *testing.T) {
+	for name, open := range failing {
+		t.Run(name, func(t *testing.T) {
+			calls := 0
+			for fails := 1; ; fails++ {
+				f := open(t)
+				im := opened(t, f, Options{L2Cache: 1, Warn: func(string) {}})
+				im.alloc.least = 0
+				shadow := readAll(t, im)
+				if err := im.Begin(nil); err != nil {
+					t.Fatal(err)
+				}
+				calls = 0
+				var failed string
+				f.Fail = func(op memfile.Op, off, n int64) error {
+					if op == memfile.Sync {
+						return nil
+					}
+					if calls++; calls != fails {
+						return nil
+					}
+					failed = fmt.Sprintf("call %d, op %d at %#x+%d", fails, op, off, n)
+					return unix.ENOSPC
+				}
+				story(t, im, shadow)
+				if i := differs(readAll(t, im), shadow); i >= 0 {
+					t.Fatalf("%s: the disk differs at %d", failed, i)
+				}
+				im.Close()
+				f.Fail = nil
+				if i := differs(readAll(t, opened(t, f, Options{})), shadow); i >= 0 {
+					t.Fatalf("%s: opened anew the disk differs at %d", failed, i)
+				}
+				r, err := Check(f, im.h, nil)
+				if err != nil || !r.Clean() {
+					t.Fatalf("%s: %v %+v", failed, err, r)
+				}
+				if h, err := ReadHeader(f); err != nil || name == "refcount table" && h.RefcountLength == 1 {
+					t.Fatalf("the refcount table has not become larger: %v", err)
+				}
+				if calls < fails {
+					break // each has failed once
+				}
+			}
+			t.Logf("%d calls", calls)
+		})
+	}
+}
+
+// TestFailedReadsOfTables has each read fail in its turn.
+func TestFailedReadsOfTables(t *testing.T) {
+	for name, open := range failing {
+		t.Run(name, func(t *testing.T) {
+			for fails := 1; ; fails++ {
+				f := open(t)
+				im := opened(t, f, Options{L2Cache: 1, Warn: func(string) {}})
+				im.alloc.least = 0
+				shadow := readAll(t, im)
+				if err := im.Begin(nil); err != nil {
+					t.Fatal(err)
+				}
+				reads := 0
+				f.FailRead = func(off, n int64) error {
+					if reads++; reads == fails {
+						return unix.EIO
+					}
+					return nil
+				}
+				story(t, im, shadow)
+				f.FailRead = nil
+				if i := differs(readAll(t, im), shadow); i >= 0 {
+					t.Fatalf("read %d failed: the disk differs at %d", fails, i)
+				}
+				im.Close()
+				r, err := Check(f, im.h, nil)
+				if err != nil || !r.Clean() {
+					t.Fatalf("read %d failed: %v %+v", fails, err, r)
+				}
+				if reads < fails {
+					return
+				}
+			}
+		})
+	}
+}
+
+// TestFailedSync has each sync fail for ever in its turn: nothing is durable
+// from then on, no call says that it is, and the file is as a crash leaves it.
+func TestFailedSync(t *testing.T) {
+	for name, open := range failing {
+		t.Run(name, func(t *testing.T) {
+			for fails := 1; ; fails++ {
+				f := open(t)
+				im := opened(t, f, Options{Warn: func(string) {}})
+				im.alloc.least = 0
+				shadow := readAll(t, im)
+				if err := im.Begin(nil); err != nil {
+					t.Fatal(err)
+				}
+				syncs := 0
+				f.Fail = func(op memfile.Op, off, n int64) error {
+					if op == memfile.Sync {
+						if syncs++; syncs == fails {
+							return unix.EIO
+						}
+					}
+					return nil
+				}
+				rng := rand.New(rand.NewPCG(6, 6))
+				var err error
+				for range 20 {
+					p := noise(rng, 1+rng.Int64N(2000))
+					off := rng.Int64N(im.Size() - 2000)
+					if werr := im.writeAt(p, off); werr == nil {
+						copy(shadow[off:], p)
+					}
+					if rng.IntN(4) == 0 {
+						if ferr := im.Flush(); ferr != nil {
+							err = ferr
+						} else if err != nil {
+							t.Fatalf("sync %d failed, and a later flush says it is durable", fails)
+						}
+					}
+				}
+				serr := im.Settle()
+				if syncs >= fails && serr == nil {
+					t.Fatalf("sync %d failed, and Settle says all is durable", fails)
+				}
+				f.Fail = nil
+				if i := differs(readAll(t, im), shadow); i >= 0 {
+					t.Fatalf("sync %d failed: the disk differs at %d", fails, i)
+				}
+				im.Close()
+				r, cerr := Check(f, im.h, nil)
+				if cerr != nil || r.Corruptions > 0 {
+					t.Fatalf("sync %d failed: %v %+v", fails, cerr, r)
+				}
+				if syncs < fails {
+					return
+				}
+			}
+		})
+	}
+}
