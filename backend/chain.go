@@ -30,9 +30,8 @@ type chain struct {
 
 	roots   []string // directories
 	files   []*File
-	// behindPaths are those of the backing files.
-	behindPaths []string
-	backing int64 // qcow2 images behind the first
+	links   []*Link // the images among them, that in front first
+	backing int64   // qcow2 images behind the first
 }
 
 // ChainError says what is wrong with a name that stands in an image.
@@ -97,6 +96,8 @@ func (c *chain) image(f *File, path string) (*qcow2.Image, error) {
 		Fixed: f.traits.BlockDevice, Warn: c.opts.Warn,
 	}
 	first := f == c.files[0]
+	l := &Link{Path: path, Format: "qcow2", File: f, Header: h}
+	c.links = append(c.links, l)
 	if h.Incompatible&qcow2.DataFile != 0 {
 		how := c.how
 		how.write = how.write && first
@@ -104,7 +105,7 @@ func (c *chain) image(f *File, path string) (*qcow2.Image, error) {
 		if err != nil {
 			return nil, err
 		}
-		o.Data = data
+		o.Data, l.Data = data, data
 	}
 	if h.Backing != "" && !(first && c.opts.NoBacking) {
 		if o.Backing, err = c.behind(path, h); err != nil {
@@ -115,7 +116,8 @@ func (c *chain) image(f *File, path string) (*qcow2.Image, error) {
 		// The images behind share what the one in front may have.
 		o.L2Cache = max(cmp.Or(o.L2Cache, qcow2.DefaultL2Cache)/c.backing, 1)
 	}
-	return qcow2.New(f, h, o)
+	l.Image, err = qcow2.New(f, h, o)
+	return l.Image, err
 }
 
 // behind opens the backing file that the image at path names.
@@ -136,8 +138,8 @@ func (c *chain) behind(path string, h *qcow2.Header) (qcow2.Backing, error) {
 	if err != nil {
 		return nil, err
 	}
-	c.behindPaths = append(c.behindPaths, below)
 	if h.BackingFormat != "qcow2" {
+		c.links = append(c.links, &Link{Path: below, Format: "raw", File: f})
 		return qcow2.NewRawBacking(f), nil
 	}
 	c.backing++

@@ -212,6 +212,15 @@ func (f *File) measure() (size int64, sparse bool, err error) {
 	return st.Size, st.Blocks*512 < st.Size, nil
 }
 
+// Allocated is how many bytes of space the file takes on the host.
+func (f *File) Allocated() (int64, error) {
+	var st unix.Stat_t
+	if err := f.fstat(&st); err != nil {
+		return 0, f.fail("stat", err)
+	}
+	return st.Blocks * 512, nil
+}
+
 // dropCache drops the file's page cache, so that what is read from now on
 // comes from the storage; dirty pages (of others on this host) are written
 // back first. Somebody may be reading: a page under way is not dropped, and

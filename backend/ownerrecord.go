@@ -49,15 +49,15 @@ func (r *OwnerRecord) Owner(now time.Time) string {
 	if since.Year() == now.Year() && since.YearDay() == now.YearDay() {
 		layout = "15:04"
 	}
-	s := fmt.Sprintf("nbd-export on %s, pid %d, since %s, epoch %d", printable(r.Host), r.PID, since.Format(layout), r.Epoch)
+	s := fmt.Sprintf("nbd-export on %s, pid %d, since %s, epoch %d", Printable(r.Host), r.PID, since.Format(layout), r.Epoch)
 	if r.Control != "" {
-		s += fmt.Sprintf(" (control %s)", printable(r.Control))
+		s += fmt.Sprintf(" (control %s)", Printable(r.Control))
 	}
 	return s
 }
 
-// printable keeps a record from writing on somebody's terminal.
-func printable(s string) string {
+// Printable keeps a record from writing on somebody's terminal.
+func Printable(s string) string {
 	return strings.Map(func(c rune) rune {
 		if !unicode.IsPrint(c) {
 			return '?'

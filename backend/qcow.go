@@ -37,14 +37,17 @@ type QcowInfo struct {
 	Chain                                                  []string // paths of the backing files that are open, in their order
 }
 
-func newQcowInfo(h *qcow2.Header, chain []string) QcowInfo {
+func newQcowInfo(h *qcow2.Header, behind []*Link) QcowInfo {
 	i := QcowInfo{
 		Version: h.Version, RefcountBits: 1 << h.RefcountOrder,
 		ClusterSize: h.Geometry().ClusterSize(), Compression: "zlib",
 		Dirty: h.Incompatible&qcow2.Dirty != 0, Corrupt: h.Incompatible&qcow2.Corrupt != 0,
 		LazyRefcounts: h.Compatible&qcow2.LazyRefcounts != 0, ExtendedL2: h.Incompatible&qcow2.ExtendedL2 != 0,
 		DataFileRaw: h.Autoclear&qcow2.DataFileRaw != 0,
-		DataFile:    h.DataFileName, Backing: h.Backing, BackingFormat: h.BackingFormat, Chain: chain,
+		DataFile:    h.DataFileName, Backing: h.Backing, BackingFormat: h.BackingFormat,
+	}
+	for _, l := range behind {
+		i.Chain = append(i.Chain, l.Path)
 	}
 	if h.CompressionType == qcow2.Zstd {
 		i.Compression = "zstd"
@@ -82,7 +85,7 @@ func (q *qcowFormat) view(f *File, active bool) (*view, error) {
 	}
 	v := &qcow{qcowFormat: q, disk: disk, file: f, all: c.files, active: active}
 	v.size.Store(disk.Size())
-	v.about = newQcowInfo(disk.Header(), c.behindPaths)
+	v.about = newQcowInfo(disk.Header(), c.links[1:])
 	return &view{file: f, others: c.files[1:], active: active, content: v}, nil
 }
 

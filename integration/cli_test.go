@@ -7,7 +7,7 @@ import (
 	"time"
 )
 
-var verbs = []string{"serve", "daemon", "activate", "inactivate", "handover", "control-stdio", "status", "bench", "demo", "version"}
+var verbs = []string{"serve", "daemon", "activate", "inactivate", "handover", "control-stdio", "status", "who", "info", "check", "create", "map", "bench", "demo", "version"}
 
 func TestHelp(t *testing.T) {
 	top := cli(t, "--help")

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -22,6 +23,15 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
+// exitStatus ends a verb that has said all there is to say.
+type exitStatus int
+
+func (e exitStatus) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// usageStatus annotates a verb whose statuses are those of another program, so
+// that 2 is not wrong usage.
+const usageStatus = "usage-status"
+
 func main() {
 	// Signals are orders to a server from its first moment. Other verbs keep
 	// what a terminal's user expects.
@@ -33,7 +43,7 @@ func main() {
 }
 
 // run executes the command line and returns the exit status: 0 fine, 1 failed,
-// 2 wrong usage.
+// 2 wrong usage, unless the verb has its own.
 func run(root *cobra.Command, args []string) int {
 	ran := false
 	root.PersistentPreRun = func(*cobra.Command, []string) { ran = true }
@@ -42,11 +52,17 @@ func run(root *cobra.Command, args []string) int {
 	if err == nil {
 		return 0
 	}
+	if status, ok := errors.AsType[exitStatus](err); ok {
+		return int(status)
+	}
 	text := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
 	// What fails before a verb runs is its flags or arguments.
 	_, usage := errors.AsType[usageError](err)
 	if usage || !ran {
 		_, _ = fmt.Fprintf(root.ErrOrStderr(), "nbd-export: %s; see %s --help\n", text, cmd.CommandPath())
+		if status, err := strconv.Atoi(cmd.Annotations[usageStatus]); err == nil {
+			return status
+		}
 		return 2
 	}
 	_, _ = fmt.Fprintf(root.ErrOrStderr(), "nbd-export: %s\n", text)
@@ -91,6 +107,10 @@ stay connected, by a signal or over the control socket.`,
 		newStatusCommand(),
 		newControlStdioCommand(),
 		newWhoCommand(),
+		newInfoCommand(),
+		newCheckCommand(),
+		newCreateCommand(),
+		newMapCommand(),
 		newBenchCommand(),
 		newDemoCommand(),
 		newVersionCommand(),

@@ -14,7 +14,7 @@ import (
 // arrows is who may import whom, as docs/architecture.md draws it. What is
 // not listed imports none of ours.
 var arrows = map[string][]string{
-	"cmd/nbd-export": {"backend", "bench", "control", "export", "ioloop", "state"},
+	"cmd/nbd-export": {"backend", "backend/qcow2", "bench", "control", "export", "ioloop", "state"},
 	"backend":        {"backend/qcow2"},
 	"control":        {"backend", "export", "ioloop", "state"},
 	"export":         {"backend", "export/wire", "ioloop", "state"},

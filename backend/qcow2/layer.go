@@ -1,0 +1,109 @@
+package qcow2
+
+// Layer is a part of the disk as the image itself has it, whatever is behind.
+type Layer struct {
+	Length int64 // bytes, > 0
+	// Data and Zero say what the image has there; with neither what is behind it
+	// shows through. Compressed is Data whose bytes have no place of their own.
+	Data, Zero, Compressed bool
+	// Offset is where the range lies in the file that has the guest's clusters, -1
+	// if it has no host cluster. Also what is Zero may have one.
+	Offset int64
+}
+
+// Layer tells what the image itself has at off, and how far that goes on, at
+// most n bytes, which lie inside Size. It may block.
+func (im *Image) Layer(off, n int64) (Layer, error) {
+	var all Layer
+	for all.Length < n {
+		l, err := im.layer(off+all.Length, n-all.Length)
+		if err != nil {
+			return all, err
+		}
+		if all.Length == 0 {
+			all = l
+			continue
+		}
+		next := all
+		next.Length = l.Length
+		if all.Offset >= 0 {
+			next.Offset = all.Offset + all.Length
+		}
+		if l != next {
+			break
+		}
+		all.Length += l.Length
+	}
+	return all, nil
+}
+
+// layer is Layer up to the end of the subcluster, or of an L2 table that is not
+// there.
+func (im *Image) layer(off, n int64) (Layer, error) {
+	s, i, err := im.find(off, MayBlock)
+	if err != nil {
+		return Layer{}, err
+	}
+	if s == nil {
+		next := (off>>im.l1Shift + 1) << im.l1Shift
+		return Layer{Length: min(n, next-off), Offset: -1}, nil
+	}
+	c := im.cell(s, i)
+	within := im.g.Within(off)
+	sub := within >> im.subBits
+	l := Layer{Length: min(n, (sub+1)<<im.subBits-within), Offset: -1}
+	if im.g.hasHost(c) {
+		l.Offset = hostOffset(c.entry) + within
+	}
+	switch im.g.kind(c, int(sub)) {
+	case zero:
+		l.Zero = true
+	case compressed:
+		l.Data, l.Compressed = true, true
+	case data:
+		l.Data = true
+	}
+	return l, nil
+}
+
+// Preallocated reports whether more clusters are in use than the file, which
+// takes allocated bytes on the host, has room for: then clusters may be holes of
+// the file although tables name them (QEMU's
+// qcow2_detect_metadata_preallocation). It may block.
+func Preallocated(f File, h *Header, allocated int64) (bool, error) {
+	g := h.Geometry()
+	room := allocated >> g.ClusterBits
+	threshold := max(room*10/9, room+2)
+	end := g.Clusters(f.Length())
+	if end < threshold {
+		return false, nil
+	}
+	im := &Image{f: f, h: h, g: g}
+	if err := im.readRefcountTable(); err != nil {
+		return false, err
+	}
+	per, used := g.refcountsPerBlock(), int64(0)
+	raw := make([]byte, g.ClusterSize())
+	for first := int64(0); first < end; first += per {
+		i := first / per
+		if i >= int64(len(im.refs.table)) || im.refs.table[i] == 0 {
+			continue
+		}
+		off := int64(im.refs.table[i])
+		if !g.tableOK(off) || off > f.Length()-g.ClusterSize() {
+			return false, im.damaged("entry %d of the refcount table, %#x, names no refcount block", i, uint64(off))
+		}
+		if err := f.ReadAt(raw, off); err != nil {
+			return false, err
+		}
+		for k := range min(per, end-first) {
+			if g.refcount(raw, k) > 0 {
+				used++
+			}
+		}
+		if used >= threshold {
+			return true, nil
+		}
+	}
+	return false, nil
+}
