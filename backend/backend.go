@@ -92,7 +92,7 @@ const (
 	FastZero
 )
 
-// StatusFlags are what base:allocation reports of an extent.
+// StatusFlags are what a map of the image reports of an extent.
 type StatusFlags uint32
 
 const (
@@ -100,9 +100,11 @@ const (
 	StatusHole StatusFlags = 1 << iota
 	// StatusZero: reads as zeros.
 	StatusZero
+	// StatusDirty: a dirty bitmap says that it was changed.
+	StatusDirty
 )
 
-// Status is one extent of an allocation map.
+// Status is one extent of a map of the image.
 type Status struct {
 	Length int64 // bytes, > 0
 	Flags  StatusFlags
@@ -181,6 +183,20 @@ type Image interface {
 	// equal flags merged, at most max entries; what they cover may end
 	// before off+n if max was reached.
 	Status(dst []Status, off, n int64, max int) ([]Status, error)
+	// BitmapStatus is Status of the persistent dirty bitmap of that name. The
+	// error is ENOENT if there is none, and EINVAL if it is inconsistent.
+	BitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error)
+}
+
+// Bitmap is a persistent dirty bitmap of an image.
+type Bitmap struct {
+	Name        string
+	Granularity int64 // bytes that a bit stands for
+	// Auto: it is updated while the image is written.
+	Auto bool
+	// Inconsistent: it is not to be trusted, or in use by the owner.
+	Inconsistent bool
+	Dirty        int64 // bytes that its set bits stand for; 0 if it is inconsistent
 }
 
 // Receiver is an Image that can plan a write whose payload nobody has seen, to

@@ -10,8 +10,8 @@ import (
 	"github.com/nbd-export/nbd-export/ioloop"
 )
 
-// maxStatus is the largest number of descriptors in one BLOCK_STATUS reply:
-// 64 KiB on the wire. The specification asks for at most 2^20; a
+// maxStatus is the largest number of descriptors in the replies to one
+// BLOCK_STATUS: 64 KiB on the wire. The specification asks for at most 2^20; a
 // client continues where a short reply ends.
 const maxStatus = 1 << 13
 
@@ -24,7 +24,8 @@ const maxStatus = 1 << 13
 type codec struct {
 	size       int64 // bytes; the connection's, for its whole life
 	structured bool
-	contextID  uint32 // of base:allocation
+	contexts   []metaContext
+	maps       []string // of the contexts, for the loop
 	rules      [numRules]rule
 
 	// discard is why the rest of the stream is not understood any more, with
@@ -40,20 +41,20 @@ type terms struct {
 	size       int64  // bytes
 	trans      uint16 // transmission flags
 	structured bool
-	context    bool // base:allocation was selected
+	contexts   []metaContext // selected, in the order of replies
 	// writeThrough: everything is written as with FUA.
 	writeThrough bool
 }
-
-// contextID is the metadata context id of base:allocation, the only one.
-const contextID = 1
 
 func newCodec(t terms) *codec {
 	c := &codec{
 		size:       t.size,
 		structured: t.structured,
-		contextID:  contextID,
-		rules:      rules(t.trans, t.context && t.structured),
+		contexts:   t.contexts,
+		rules:      rules(t.trans, len(t.contexts) > 0 && t.structured),
+	}
+	for _, m := range t.contexts {
+		c.maps = append(c.maps, m.bitmap)
 	}
 	if t.writeThrough {
 		for i := range c.rules {
@@ -195,14 +196,14 @@ const maxDescriptor = math.MaxUint32 &^ 511
 // for descriptors whatever ext holds: at least one, none empty, only the last
 // one passing the end of the request, and none passing the end of the export.
 // An extent too long for a descriptor ends the list.
-func (c *codec) AppendStatus(dst []byte, r *ioloop.Request, ext []backend.Status) []byte {
+func (c *codec) AppendStatus(dst []byte, r *ioloop.Request, context int, ext []backend.Status, last bool) []byte {
 	limit := c.size - r.Offset
 	if r.Flags&ioloop.OneExtent != 0 {
 		limit = r.Length
 	}
 	start := len(dst)
-	dst = appendChunk(dst, r, wire.ReplyBlockStatus, 0, true)
-	dst = binary.BigEndian.AppendUint32(dst, c.contextID)
+	dst = appendChunk(dst, r, wire.ReplyBlockStatus, 0, last)
+	dst = binary.BigEndian.AppendUint32(dst, c.contexts[context].id)
 	most := c.MaxStatus(r)
 	var covered int64
 	count := 0
@@ -223,8 +224,12 @@ func (c *codec) AppendStatus(dst []byte, r *ioloop.Request, ext []backend.Status
 			break
 		}
 	}
-	if count == 0 { // "a server MAY always safely report a status of 0"
-		dst = appendDescriptor(dst, min(r.Length, maxDescriptor), 0)
+	if count == 0 { // nothing is known: data, and dirty
+		var flags backend.StatusFlags
+		if c.contexts[context].bitmap != "" {
+			flags = backend.StatusDirty
+		}
+		dst = appendDescriptor(dst, min(r.Length, maxDescriptor), flags)
 		count = 1
 	}
 	binary.BigEndian.PutUint32(dst[start+16:], uint32(4+8*count))
@@ -239,6 +244,9 @@ func appendDescriptor(dst []byte, n int64, flags backend.StatusFlags) []byte {
 	if flags&backend.StatusZero != 0 {
 		state |= wire.StateZero
 	}
+	if flags&backend.StatusDirty != 0 {
+		state |= wire.StateDirty
+	}
 	dst = binary.BigEndian.AppendUint32(dst, uint32(n))
 	return binary.BigEndian.AppendUint32(dst, state)
 }
@@ -248,5 +256,8 @@ func (c *codec) MaxStatus(r *ioloop.Request) int {
 	if r.Flags&ioloop.OneExtent != 0 {
 		return 1
 	}
-	return maxStatus
+	return max(1, maxStatus/len(c.contexts))
 }
+
+// Contexts implements ioloop.Codec.
+func (c *codec) Contexts() []string { return c.maps }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -18,9 +19,20 @@ import (
 
 func testCodec(structured bool) *codec {
 	return newCodec(terms{
-		size: 1 << 40, trans: transFlags(testInfo(), false, structured), structured: structured, context: structured,
+		size: 1 << 40, trans: transFlags(testInfo(), false, structured), structured: structured, contexts: testContexts(structured),
 	})
 }
+
+// testContexts are base:allocation and the dirty bitmap "b", or nothing.
+func testContexts(some bool) []metaContext {
+	if !some {
+		return nil
+	}
+	return (&Export{Bitmaps: []string{"b"}}).contexts()
+}
+
+// selectedIn reports whether base:allocation was selected.
+func selectedIn(t terms) bool { return slices.Contains(t.contexts, metaContext{id: 1}) }
 
 func decode(t testing.TB, c *codec, b []byte) *ioloop.Request {
 	t.Helper()
@@ -75,24 +87,36 @@ func TestReplies(t *testing.T) {
 			func(c *codec, r request) []byte { return c.AppendHole(nil, r, 0x180, 0x80, true) },
 			"668e33ef 0001 0002 0123456789abcdef 0000000c 0000000000001180 00000080"},
 		{"C14 C16 status", structured, status,
-			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, ext) },
+			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, 0, ext, true) },
 			"668e33ef 0001 0005 0123456789abcdef 00000014 00000001 00001000 00000000 00003000 00000003"},
 		{"C14 REQ_ONE", structured, one,
-			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, ext) },
+			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, 0, ext, true) },
 			"668e33ef 0001 0005 0123456789abcdef 0000000c 00000001 00001000 00000000"},
 		{"C14 REQ_ONE never longer than the request", structured, one,
 			func(c *codec, r request) []byte {
-				return c.AppendStatus(nil, r, []backend.Status{{Length: 1 << 33, Flags: backend.StatusZero}})
+				return c.AppendStatus(nil, r, 0, []backend.Status{{Length: 1 << 33, Flags: backend.StatusZero}}, true)
 			},
 			"668e33ef 0001 0005 0123456789abcdef 0000000c 00000001 00003000 00000002"},
 		{"C14 at least one descriptor", structured, status,
-			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, nil) },
+			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, 0, nil, true) },
 			"668e33ef 0001 0005 0123456789abcdef 0000000c 00000001 00003000 00000000"},
 		{"C14 32 bits", structured, status,
-			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, []backend.Status{{Length: 1 << 35}}) },
+			func(c *codec, r request) []byte {
+				return c.AppendStatus(nil, r, 0, []backend.Status{{Length: 1 << 35}}, true)
+			},
 			"668e33ef 0001 0005 0123456789abcdef 0000000c 00000001 fffffe00 00000000"},
+		{"C14 of a dirty bitmap, not the last context", structured, status,
+			func(c *codec, r request) []byte {
+				return c.AppendStatus(nil, r, 1, []backend.Status{{Length: 4096}, {Length: 8192, Flags: backend.StatusDirty}}, false)
+			},
+			"668e33ef 0000 0005 0123456789abcdef 00000014 00000002 00001000 00000000 00002000 00000001"},
+		{"a dirty bitmap of which nothing is known", structured, status,
+			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, 1, nil, true) },
+			"668e33ef 0001 0005 0123456789abcdef 0000000c 00000002 00003000 00000001"},
 		{"C15 not past the export", structured, requestHeader(0, wire.CmdBlockStatus, cookie, 1<<40-512, 512),
-			func(c *codec, r request) []byte { return c.AppendStatus(nil, r, []backend.Status{{Length: 4096}}) },
+			func(c *codec, r request) []byte {
+				return c.AppendStatus(nil, r, 0, []backend.Status{{Length: 4096}}, true)
+			},
 			"668e33ef 0001 0005 0123456789abcdef 0000000c 00000001 00000200 00000000"},
 	} {
 		r := decode(t, tt.c, tt.header)
@@ -230,12 +254,15 @@ func TestReplyBounds(t *testing.T) {
 				t.Errorf("structured %v, %s: %d bytes", structured, name, len(b))
 			}
 		}
+		if !structured {
+			continue
+		}
 		ext := make([]backend.Status, maxStatus+10)
 		for i := range ext {
 			ext[i].Length = 1
 		}
 		r = &ioloop.Request{Op: ioloop.OpStatus, Length: 1 << 30}
-		b := c.AppendStatus(nil, r, ext)
+		b := c.AppendStatus(nil, r, 0, ext, true)
 		if len(b) > ioloop.MaxHeader+16*maxStatus {
 			t.Errorf("status: %d bytes", len(b))
 		}
@@ -253,7 +280,7 @@ func TestCodecAllocates(t *testing.T) {
 		"Decode, AppendData": func() { _, _ = c.Decode(header, &r); dst = c.AppendData(dst[:0], &r, 0, 4096, true) },
 		"AppendDone":         func() { _, _ = c.Decode(header, &r); dst = c.AppendDone(dst[:0], &r) },
 		"AppendHole":         func() { _, _ = c.Decode(header, &r); dst = c.AppendHole(dst[:0], &r, 0, 4096, true) },
-		"AppendStatus":       func() { _, _ = c.Decode(header, &r); dst = c.AppendStatus(dst[:0], &r, ext) },
+		"AppendStatus":       func() { _, _ = c.Decode(header, &r); dst = c.AppendStatus(dst[:0], &r, 0, ext, true) },
 		"refused while inactive": func() {
 			_, _ = c.Decode(inactive, &r)
 			dst = c.AppendError(dst[:0], &r, state.ErrInactive)

@@ -28,6 +28,8 @@ type Export struct {
 	// ReadOnly exports refuse every write, whoever owns the image. An export
 	// of an image that is never opened for writing is read-only anyway.
 	ReadOnly bool
+	// Bitmaps are the dirty bitmaps of the image that clients may ask for.
+	Bitmaps []string
 	// WriteThrough exports make every write, discard and zeroing durable
 	// before it is acknowledged.
 	WriteThrough bool
@@ -51,6 +53,9 @@ func (x *Exports) Add(e *Export) error {
 	if err := CheckNames(e.Name, e.Description); err != nil {
 		return err
 	}
+	if err := CheckBitmaps(e.Bitmaps); err != nil {
+		return fmt.Errorf("export %s: %w", quote(e.Name), err)
+	}
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.m[e.Name] != nil {
@@ -71,6 +76,22 @@ func CheckNames(name, description string) error {
 	}
 	if err := checkString(description); err != nil {
 		return fmt.Errorf("description of export %s: %w", quote(name), err)
+	}
+	return nil
+}
+
+// CheckBitmaps reports what keeps bitmaps of these names from being exported
+// together.
+func CheckBitmaps(names []string) error {
+	for i, name := range names {
+		switch err := checkString(wire.ContextDirtyBitmap + name); {
+		case name == "":
+			return errors.New("a bitmap's name is empty")
+		case err != nil:
+			return fmt.Errorf("bitmap %s: %w", quote(name), err)
+		case slices.Contains(names[:i], name):
+			return fmt.Errorf("bitmap %s is named twice", quote(name))
+		}
 	}
 	return nil
 }

@@ -44,7 +44,7 @@ func FuzzHandshake(f *testing.F) {
 		if err == nil && (a.export == nil || a.export != entered) {
 			t.Fatalf("an agreement on %v, entered %v", a.export, entered)
 		}
-		if err == nil && (a.terms.size < 0 || a.terms.trans&wire.TransHasFlags == 0 || a.terms.context && !a.terms.structured) {
+		if err == nil && (a.terms.size < 0 || a.terms.trans&wire.TransHasFlags == 0 || len(a.terms.contexts) > 0 && !a.terms.structured) {
 			t.Fatalf("terms %+v", a.terms)
 		}
 		if most := 2*len(in) + 3*4096; cap(h.in) > most {
@@ -73,7 +73,7 @@ func FuzzDecode(f *testing.F) {
 		if !structured {
 			trans &^= wire.TransSendDF
 		}
-		c := newCodec(terms{size: size, trans: trans, structured: structured, context: true})
+		c := newCodec(terms{size: size, trans: trans, structured: structured, contexts: testContexts(true)})
 		var r ioloop.Request
 		n, err := c.Decode(b, &r)
 		switch {
@@ -190,7 +190,7 @@ func checkStatus(t *testing.T, c *codec, r *ioloop.Request, seed uint64) {
 			Flags:  backend.StatusFlags(seed >> i),
 		})
 	}
-	ch, rest := cutChunk(t, c.AppendStatus(nil, r, ext))
+	ch, rest := cutChunk(t, c.AppendStatus(nil, r, 0, ext, true))
 	if len(rest) != 0 || ch.typ != wire.ReplyBlockStatus || len(ch.data) < 12 || len(ch.data)%8 != 4 {
 		t.Fatalf("%+v", ch)
 	}
@@ -220,7 +220,7 @@ func FuzzTransmission(f *testing.F) {
 	f.Add(append(requestHeader(0, wire.CmdRead, 1, 0, 512), requestHeader(0, wire.CmdDisc, 2, 0, 0)...), false)
 	f.Fuzz(func(t *testing.T, in []byte, structured bool) {
 		m := &inMemory{disk: make([]byte, 4096)}
-		c := newCodec(terms{size: 4096, trans: transFlags(testInfo(), false, structured), structured: structured, context: true})
+		c := newCodec(terms{size: 4096, trans: transFlags(testInfo(), false, structured), structured: structured, contexts: testContexts(true)})
 		_ = m.Serve(closable{&recorded{in: bytes.NewReader(in)}}, c, nil)
 		if len(m.disk) != 4096 {
 			t.Fatal("the disk has changed its size")

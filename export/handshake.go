@@ -61,8 +61,8 @@ type agreement struct {
 
 // selection is what the last SET_META_CONTEXT selected.
 type selection struct {
-	export     string // the name it gave
-	allocation bool   // base:allocation
+	export   *Export
+	contexts []metaContext
 }
 
 // frozen is a successful INFO: a GO that follows with the same parameters

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -466,7 +467,7 @@ func TestO13Structured(t *testing.T) {
 	if flags&wire.TransSendDF == 0 { // F5
 		t.Errorf("flags %#x without DF", flags)
 	}
-	if o := <-done; !o.terms.structured || o.terms.context {
+	if o := <-done; !o.terms.structured || selectedIn(o.terms) {
 		t.Errorf("%+v", o.terms)
 	}
 }
@@ -512,13 +513,74 @@ func TestO14O15O16Meta(t *testing.T) {
 				}
 			}
 			check(wire.OptListMetaContext, tt.list, 0)
-			check(wire.OptSetMetaContext, tt.set, contextID)
+			check(wire.OptSetMetaContext, tt.set, 1)
 			check(wire.OptListMetaContext, tt.list, 0) // LIST changes nothing
 			p.do(wire.OptGo, goData("ro"))
-			if o := <-done; o.terms.context != tt.set {
-				t.Errorf("selected: %v, want %v", o.terms.context, tt.set)
+			if o := <-done; selectedIn(o.terms) != tt.set {
+				t.Errorf("selected: %v, want %v", o.terms.contexts, tt.set)
 			}
 		})
+	}
+}
+
+// What QEMU's server answers for an export with bitmaps.
+func TestMetaOfBitmaps(t *testing.T) {
+	x := new(Exports)
+	if err := x.Add(&Export{Name: "", Disk: &ioloop.Disk{Image: newImage(512)}, Bitmaps: []string{"one", "two"}}); err != nil {
+		t.Fatal(err)
+	}
+	if err := x.Add(&Export{Name: "none", Disk: &ioloop.Disk{Image: newImage(512)}}); err != nil {
+		t.Fatal(err)
+	}
+	const base, one, two = "base:allocation", "qemu:dirty-bitmap:one", "qemu:dirty-bitmap:two"
+	ids := map[string]uint32{base: 1, one: 2, two: 3}
+	for _, tt := range []struct {
+		export    string
+		queries   []string
+		list, set []string
+	}{
+		{"", nil, []string{base, one, two}, nil},
+		{"", []string{"qemu:"}, []string{one, two}, nil},
+		{"", []string{"qemu:dirty-bitmap:"}, []string{one, two}, nil},
+		{"", []string{"base:"}, []string{base}, nil},
+		{"", []string{two, base}, []string{base, two}, []string{base, two}},
+		{"", []string{two, "qemu:", two}, []string{one, two}, []string{two}},
+		{"", []string{"qemu:dirty-bitmap:three", "qemu:dirty-bitmap", "qemu:allocation-depth", "dirty-bitmap:one", "QEMU:"}, nil, nil},
+		{"none", []string{"qemu:dirty-bitmap:", base, one}, []string{base}, []string{base}},
+	} {
+		p, done := greeted(t, x)
+		p.final(wire.OptStructuredReply, nil, wire.RepAck)
+		for opt, want := range map[uint32][]string{wire.OptListMetaContext: tt.list, wire.OptSetMetaContext: tt.set} {
+			r := p.do(opt, metaData(tt.export, tt.queries...))
+			var got []string
+			for _, m := range r[:len(r)-1] {
+				name := string(m.data[4:])
+				got = append(got, name)
+				id := uint32(0)
+				if opt == wire.OptSetMetaContext {
+					id = ids[name]
+				}
+				if m.typ != wire.RepMetaContext || binary.BigEndian.Uint32(m.data) != id {
+					t.Errorf("%q: %s: %x", tt.queries, optionName(opt), m)
+				}
+			}
+			if !slices.Equal(got, want) || r[len(r)-1].typ != wire.RepAck {
+				t.Errorf("%q: %s: %q, want %q", tt.queries, optionName(opt), got, want)
+			}
+		}
+		p.do(wire.OptGo, goData(tt.export))
+		var got []string
+		for _, m := range (<-done).terms.contexts {
+			got = append(got, m.name())
+		}
+		if !slices.Equal(got, tt.set) {
+			t.Errorf("%q: agreed on %q, want %q", tt.queries, got, tt.set)
+		}
+	}
+	for _, names := range [][]string{{""}, {"a", "a"}, {"\xff"}, {strings.Repeat("x", 4096)}} {
+		if err := x.Add(&Export{Name: "bad", Disk: &ioloop.Disk{Image: newImage(512)}, Bitmaps: names}); err == nil {
+			t.Errorf("%.10q was accepted", names)
+		}
 	}
 }
 
@@ -557,8 +619,8 @@ func TestO15O17LastSet(t *testing.T) {
 					p.send(opt, []byte(tt.name))
 					p.read(10)
 				}
-				if o := <-done; o.err != nil || o.terms.context != tt.want {
-					t.Errorf("%v, context %v, want %v", o.err, o.terms.context, tt.want)
+				if o := <-done; o.err != nil || selectedIn(o.terms) != tt.want {
+					t.Errorf("%v, context %v, want %v", o.err, o.terms.contexts, tt.want)
 				}
 			})
 		}

@@ -299,7 +299,11 @@ func (m *inMemory) answer(c ioloop.Codec, r *ioloop.Request, payload []byte) (ou
 	case ioloop.OpReject:
 		return c.AppendError(nil, r, r.Err), false
 	case ioloop.OpStatus:
-		return c.AppendStatus(nil, r, []backend.Status{{Length: r.Length}}), false
+		names := c.Contexts()
+		for i := range names {
+			out = c.AppendStatus(out, r, i, []backend.Status{{Length: r.Length}}, i == len(names)-1)
+		}
+		return out, false
 	case ioloop.OpWrite:
 		copy(m.disk[r.Offset:], payload)
 	case ioloop.OpZero:

@@ -26,35 +26,86 @@ func (h *handshake) metaContext(opt, length uint32, data []byte) error {
 	if err != nil {
 		return h.fail(opt, wire.RepErrInvalid, "%v", err)
 	}
-	if h.exports.Lookup(q.export) == nil {
+	e := h.exports.Lookup(q.export)
+	if e == nil {
 		return h.unknownExport(opt, q.export)
 	}
 
-	id, selected := uint32(0), q.exact || q.wildcard || q.count == 0
-	if set {
-		id, selected = contextID, q.exact
-		h.meta = selection{export: q.export, allocation: selected}
-	}
-	if selected {
+	var found []metaContext
+	for _, m := range e.contexts() {
+		if !q.matches(m.name(), set) {
+			continue
+		}
+		found = append(found, m)
+		id := m.id
+		if !set {
+			id = 0
+		}
 		err := h.reply(opt, wire.RepMetaContext, func(b []byte) []byte {
 			b = binary.BigEndian.AppendUint32(b, id)
-			return append(b, wire.ContextBaseAllocation...)
+			return append(b, m.name()...)
 		})
 		if err != nil {
 			return err
 		}
 	}
+	if set {
+		h.meta = selection{e, found}
+	}
 	return h.reply(opt, wire.RepAck, nil)
 }
 
+// metaContext is a metadata context of an export.
+type metaContext struct {
+	id     uint32
+	bitmap string // "" is base:allocation
+}
+
+func (m metaContext) name() string {
+	if m.bitmap == "" {
+		return wire.ContextBaseAllocation
+	}
+	return wire.ContextDirtyBitmap + m.bitmap
+}
+
+// contexts are those of the export, in the order in which they are told.
+func (e *Export) contexts() []metaContext {
+	all := []metaContext{{id: 1}}
+	for i, name := range e.Bitmaps {
+		all = append(all, metaContext{uint32(2 + i), name})
+	}
+	return all
+}
+
+// selected are the contexts that the last SET_META_CONTEXT selected, if it was
+// for e.
+func (h *handshake) selected(e *Export) []metaContext {
+	if h.meta.export != e {
+		return nil
+	}
+	return h.meta.contexts
+}
+
 // metaQuery is what the queries of one option ask for. Queries of unknown
-// namespaces, unknown leaves of base: and queries without a namespace match
-// nothing.
+// namespaces, unknown leaves of a namespace and queries without a namespace
+// match nothing.
 type metaQuery struct {
-	export   string
-	count    int
-	exact    bool // base:allocation is among them
-	wildcard bool // base: is among them
+	export  string
+	queries map[string]bool
+}
+
+// matches reports whether a context is asked for. LIST also takes namespaces,
+// and no query at all for everything.
+func (q *metaQuery) matches(context string, set bool) bool {
+	switch {
+	case q.queries[context]:
+		return true
+	case set:
+		return false
+	case len(q.queries) == 0 || context == wire.ContextBaseAllocation:
+		return len(q.queries) == 0 || q.queries[wire.NamespaceBase]
+	}
+	return q.queries[wire.NamespaceQEMU] || q.queries[wire.ContextDirtyBitmap]
 }
 
 var errMetaLength = errors.New("lengths do not fit the option")
@@ -74,22 +125,16 @@ func parseMeta(data []byte) (q metaQuery, err error) {
 	if uint64(count)*4 > uint64(len(data)) {
 		return q, errMetaLength
 	}
-	q.count = int(count)
+	q.queries = make(map[string]bool)
 	for range count {
 		var query []byte
 		if query, data, ok = cutString(data); !ok {
 			return q, errMetaLength
 		}
-		switch s := string(query); s {
-		case wire.ContextBaseAllocation:
-			q.exact = true
-		case wire.NamespaceBase:
-			q.wildcard = true
-		default:
-			if err := checkString(s); err != nil {
-				return q, fmt.Errorf("query %s: %w", quote(s), err)
-			}
+		if err := checkString(string(query)); err != nil {
+			return q, fmt.Errorf("query %s: %w", quote(string(query)), err)
 		}
+		q.queries[string(query)] = true
 	}
 	if len(data) != 0 {
 		return q, errMetaLength

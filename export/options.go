@@ -181,7 +181,7 @@ func (h *handshake) agree(f facts) agreement {
 			size:         f.size,
 			trans:        f.trans,
 			structured:   h.structured,
-			context:      h.meta.allocation && h.meta.export == f.export.Name,
+			contexts:     h.selected(f.export),
 			writeThrough: f.export.WriteThrough,
 		},
 	}

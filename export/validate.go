@@ -15,7 +15,7 @@ const maxDiscard = 2 * wire.MaxRequestPayload
 var (
 	errReadOnly   = &refusal{wire.EPERM, "export is read-only"}
 	errNoTrim     = &refusal{wire.EINVAL, "this export does not support TRIM"}
-	errNoContext  = &refusal{wire.EINVAL, "BLOCK_STATUS needs a metadata context: select base:allocation in the handshake"}
+	errNoContext  = &refusal{wire.EINVAL, "BLOCK_STATUS needs a metadata context: select one in the handshake, as base:allocation"}
 	errNoStatus   = &refusal{wire.EINVAL, "BLOCK_STATUS of length 0"}
 	errFlushRange = &refusal{wire.EINVAL, "offset and length of FLUSH must be 0"}
 )

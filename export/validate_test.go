@@ -126,7 +126,7 @@ func TestReadOnlyText(t *testing.T) {
 
 // FUA reaches the loop with what writes, the other flags with their command.
 func TestFlags(t *testing.T) {
-	c := newCodec(terms{size: 4096, trans: transFlags(testInfo(), false, true), structured: true, context: true})
+	c := newCodec(terms{size: 4096, trans: transFlags(testInfo(), false, true), structured: true, contexts: testContexts(true)})
 	for _, tt := range []struct {
 		cmd, flags uint16
 		op         ioloop.Op

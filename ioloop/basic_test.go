@@ -3,9 +3,12 @@ package ioloop
 import (
 	"bytes"
 	"net"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend"
 )
 
 func TestBasics(t *testing.T) {
@@ -23,7 +26,7 @@ func TestBasics(t *testing.T) {
 
 func testBasics(t *testing.T, link func(testing.TB) (a, b net.Conn), chunked, tmpfs bool) {
 	r := newRig(t, rigConfig{tmpfs: tmpfs})
-	c := r.connectOver(&testCodec{chunked}, link)
+	c := r.connectOver(&testCodec{chunked: chunked}, link)
 	for _, n := range []int64{1, 511, 4096, 32 << 10, 32<<10 + 1, 64 << 10, 100_000, 256 << 10, 1 << 20, 3 << 20} {
 		p := pattern(int(n), uint64(n))
 		c.ok(OpWrite, 0, 4096, n, p)
@@ -64,5 +67,35 @@ func testBasics(t *testing.T, link func(testing.TB) (a, b net.Conn), chunked, tm
 	c.send(OpDisconnect, 0, 0, 0, nil)
 	if err := c.end(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// withBitmap has a dirty bitmap of which a quarter is dirty.
+type withBitmap struct{ backend.Image }
+
+func (w withBitmap) BitmapStatus(dst []backend.Status, bitmap string, off, n int64, max int) ([]backend.Status, error) {
+	if bitmap != "b" {
+		return dst, unix.EINVAL
+	}
+	return append(dst, backend.Status{Length: n / 4, Flags: backend.StatusDirty}, backend.Status{Length: n - n/4})[:len(dst)+min(max, 2)], nil
+}
+
+func TestStatusOfSeveralContexts(t *testing.T) {
+	r := newRig(t, rigConfig{})
+	r.d.Image = withBitmap{r.d.Image}
+	c := r.connect(&testCodec{contexts: []string{"b", "", "b"}})
+	dirty, clean := backend.Status{Length: 1 << 10, Flags: backend.StatusDirty}, backend.Status{Length: 3 << 10}
+	all := backend.Status{Length: 4 << 10, Flags: backend.StatusHole | backend.StatusZero}
+	for range 3 {
+		if got, want := c.ok(OpStatus, 0, 0, 4<<10, nil).status, []backend.Status{dirty, clean, all, dirty, clean}; !slices.Equal(got, want) {
+			t.Errorf("%v, want %v", got, want)
+		}
+		if got, want := c.ok(OpStatus, OneExtent, 0, 4<<10, nil).status, []backend.Status{dirty, all, dirty}; !slices.Equal(got, want) {
+			t.Errorf("one extent: %v, want %v", got, want)
+		}
+	}
+	c = r.connect(&testCodec{contexts: []string{"", "none"}})
+	if a := c.do(OpStatus, 0, 0, 4<<10, nil); a.errno != unix.EINVAL || len(a.status) != 0 {
+		t.Errorf("a context that fails: %+v", a)
 	}
 }

@@ -61,8 +61,8 @@ const MaxHeader = 64
 // holds no sockets. Decode is called by one goroutine; the Append methods by
 // several at once, so they only read the codec.
 //
-// A reply is either one AppendError, one AppendDone, one AppendStatus, or for
-// an OpRead a sequence of AppendData (each followed by exactly n payload
+// A reply is either one AppendError, one AppendDone, one AppendStatus for each
+// of Contexts in order, or for an OpRead a sequence of AppendData (each followed by exactly n payload
 // bytes that the loop supplies) and AppendHole calls that cover the request
 // in order; last marks the final one. After an error in the middle of such a
 // sequence the loop calls AppendError if Chunked said yes, and drops the
@@ -84,8 +84,13 @@ type Codec interface {
 	// AppendError maps err to what the protocol has for it. The text a user
 	// can act on is err.Error() where the protocol carries one.
 	AppendError(dst []byte, r *Request, err error) []byte
-	// AppendStatus answers an OpStatus.
-	AppendStatus(dst []byte, r *Request, ext []backend.Status) []byte
+	// Contexts are the maps that an OpStatus asks for: "" is the allocation,
+	// everything else a dirty bitmap of that name. There is at least one if
+	// Decode lets an OpStatus pass.
+	Contexts() []string
+	// AppendStatus answers an OpStatus for number i of Contexts; last marks the
+	// final one.
+	AppendStatus(dst []byte, r *Request, i int, ext []backend.Status, last bool) []byte
 	// MaxStatus is the largest number of extents AppendStatus should get.
 	MaxStatus(r *Request) int
 }

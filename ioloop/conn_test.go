@@ -170,7 +170,7 @@ func TestOutOfOrder(t *testing.T) {
 func TestHoles(t *testing.T) {
 	r := newRig(t, rigConfig{tmpfs: true})
 	for _, chunked := range []bool{false, true} {
-		c := r.connect(&testCodec{chunked})
+		c := r.connect(&testCodec{chunked: chunked})
 		c.ok(OpWrite, 0, 1<<20, 1<<16, contents[:1<<16])
 		c.ok(OpWrite, 0, 3<<20, 1<<16, contents[:1<<16])
 		want := make([]byte, r.size)
@@ -229,7 +229,7 @@ func TestRandom(t *testing.T) {
 			}
 			var wg sync.WaitGroup
 			for i := range int64(conns) {
-				c := r.connectOver(&testCodec{i%2 == 0}, links[cfg.link])
+				c := r.connectOver(&testCodec{chunked: i%2 == 0}, links[cfg.link])
 				wg.Go(func() {
 					if err := randomOps(c, i*region, region, uint64(i), 300); err != nil {
 						t.Error(err)

@@ -445,7 +445,7 @@ func TestChurn(t *testing.T) {
 					}
 				default:
 				}
-				c := r.connectOver(&testCodec{rnd.IntN(2) == 0}, links[names[rnd.IntN(3)]])
+				c := r.connectOver(&testCodec{chunked: rnd.IntN(2) == 0}, links[names[rnd.IntN(3)]])
 				if err := visit(c, base, rnd); err != nil {
 					t.Error(err)
 					return

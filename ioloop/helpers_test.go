@@ -100,7 +100,10 @@ const (
 	kindStatus
 )
 
-type testCodec struct{ chunked bool }
+type testCodec struct {
+	chunked  bool
+	contexts []string // nil is the allocation
+}
 
 var errGarbage = errors.New("test codec: garbage")
 
@@ -177,8 +180,15 @@ func (c *testCodec) AppendError(b []byte, r *Request, err error) []byte {
 	return append(b, text...)
 }
 
-func (c *testCodec) AppendStatus(b []byte, r *Request, ext []backend.Status) []byte {
-	b = appendPiece(b, kindStatus, true, 0, r, 0, int64(len(ext)))
+func (c *testCodec) Contexts() []string {
+	if c.contexts == nil {
+		return []string{""}
+	}
+	return c.contexts
+}
+
+func (c *testCodec) AppendStatus(b []byte, r *Request, context int, ext []backend.Status, last bool) []byte {
+	b = appendPiece(b, kindStatus, last, 0, r, int64(context), int64(len(ext)))
 	for _, e := range ext {
 		b = binary.BigEndian.AppendUint64(b, uint64(e.Length))
 		b = binary.BigEndian.AppendUint64(b, uint64(e.Flags))

@@ -27,7 +27,8 @@ type task struct {
 	kept     bool          // in conn.mu.held or parked; guarded by conn.mu
 	heads    []byte        // reply headers
 	segs     []segment
-	status   []backend.Status
+	status   []backend.Status // of all contexts
+	ends     []int            // in status, of each context
 	ring     onRing
 
 	next         *task // scheduler.mu, or Pace.mu while it waits there
@@ -58,7 +59,8 @@ func (c *conn) lendTask(r *Request, n int64) (*task, bool) {
 		cost += bufferCost(classOf(n))
 	}
 	if r.Op == OpStatus {
-		cost += int64(c.codec.MaxStatus(r)) * (16 + int64(unsafe.Sizeof(backend.Status{})))
+		extents := int64(c.codec.MaxStatus(r)) * (16 + int64(unsafe.Sizeof(backend.Status{})))
+		cost += int64(len(c.codec.Contexts())) * (MaxHeader + extents)
 	}
 	l, ok := c.lend(cost, n <= smallRequest)
 	if !ok {
@@ -105,7 +107,7 @@ func (t *task) recycle() {
 	t.plan.Recycle()
 	*t = task{
 		plan:  t.plan,
-		heads: keep(t.heads), segs: keep(t.segs), status: keep(t.status),
+		heads: keep(t.heads), segs: keep(t.segs), status: keep(t.status), ends: keep(t.ends),
 		ring: onRing{writes: keep(t.ring.writes)},
 	}
 	tasks.Put(t)
@@ -361,9 +363,7 @@ func (t *task) perform() error {
 	case OpCache:
 		return img.Cache(r.Offset, r.Length)
 	case OpStatus:
-		limit := t.conn.codec.MaxStatus(r)
-		t.status, err = img.Status(t.status[:0], r.Offset, r.Length, limit)
-		return err
+		return t.findStatus()
 	}
 	if err == nil && durable {
 		err = img.Flush()
@@ -446,10 +446,39 @@ func (t *task) conclude(err error) {
 		c.noteDirty(r)
 	}
 	if r.Op == OpStatus {
-		t.sendHead(c.codec.AppendStatus(t.heads[:0], r, t.status))
+		t.sendStatus()
 		return
 	}
 	t.sendHead(c.codec.AppendDone(t.heads[:0], r))
+}
+
+// findStatus gets what an OpStatus asks for, of all contexts before anything is
+// sent: an error is the whole reply.
+func (t *task) findStatus() (err error) {
+	img, codec, r := t.conn.disk.Image, t.conn.codec, &t.req
+	limit := codec.MaxStatus(r)
+	t.status, t.ends = t.status[:0], t.ends[:0]
+	for _, bitmap := range codec.Contexts() {
+		if bitmap == "" {
+			t.status, err = img.Status(t.status, r.Offset, r.Length, limit)
+		} else {
+			t.status, err = img.BitmapStatus(t.status, bitmap, r.Offset, r.Length, limit)
+		}
+		if err != nil {
+			return err
+		}
+		t.ends = append(t.ends, len(t.status))
+	}
+	return nil
+}
+
+func (t *task) sendStatus() {
+	head, from := t.heads[:0], 0
+	for i, end := range t.ends {
+		head = t.conn.codec.AppendStatus(head, &t.req, i, t.status[from:end], i == len(t.ends)-1)
+		from = end
+	}
+	t.sendHead(head)
 }
 
 // sendHead sends a reply without payload; the buffer is not needed any more.

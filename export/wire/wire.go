@@ -136,6 +136,13 @@ const (
 	StateZero             = uint32(1 << 1)
 )
 
+// qemu:dirty-bitmap:NAME, a dirty bitmap (QEMU's docs/interop/nbd.rst).
+const (
+	NamespaceQEMU      = "qemu:"
+	ContextDirtyBitmap = "qemu:dirty-bitmap:" // alone as a query: all of them
+	StateDirty         = uint32(1 << 0)
+)
+
 // Sizes of fixed wire structures, in bytes, and limits of the protocol.
 const (
 	RequestSize         = 28

@@ -1,0 +1,54 @@
+package backend
+
+import (
+	"slices"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestBitmapsOfOwned(t *testing.T) {
+	path := makeQcow(t, t.TempDir(), "1M")
+	qemuImg(t, "bitmap", "--add", "-g", "4k", path, "b")
+	o := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	wantStatus := func(want ...Status) {
+		t.Helper()
+		got, err := o.BitmapStatus(nil, "b", 0, o.Size(), 100)
+		must(t, err)
+		if !slices.Equal(got, want) {
+			t.Errorf("%v, want %v", got, want)
+		}
+	}
+	all, err := o.Bitmaps()
+	must(t, err)
+	if !slices.Equal(all, []Bitmap{{Name: "b", Granularity: 4096, Auto: true}}) {
+		t.Errorf("%+v", all)
+	}
+	wantStatus(Status{Length: 1 << 20})
+	for range 2 { // each ownership goes on where the last one has ended
+		must(t, activate(o, false))
+		must(t, write(o, 8192, make([]byte, 100), false))
+		wantStatus(Status{Length: 8192}, Status{4096, StatusDirty}, Status{Length: 1<<20 - 12288})
+		if got, err := o.BitmapStatus(nil, "b", 0, 1<<20, 1); err != nil || len(got) != 1 {
+			t.Errorf("one was asked for: %v, %v", got, err)
+		}
+		must(t, inactivate(o))
+		wantStatus(Status{Length: 8192}, Status{4096, StatusDirty}, Status{Length: 1<<20 - 12288})
+		checkQcow(t, path)
+		if info := qemuImg(t, "info", path); strings.Contains(info, "in-use") || !strings.Contains(info, "auto") {
+			t.Errorf("qemu-img info:\n%s", info)
+		}
+	}
+	_, err = o.BitmapStatus(nil, "none", 0, 1, 1)
+	wantErrno(t, err, unix.ENOENT)
+	_, err = o.BitmapStatus(nil, "b", 1<<20-1, 2, 1)
+	wantErrno(t, err, unix.EIO)
+
+	raw := openImage(t, Options{Path: writeFile(t, t.TempDir(), make([]byte, 512))}, nil)
+	if all, err := raw.Bitmaps(); len(all) != 0 || err != nil {
+		t.Errorf("%v %v", all, err)
+	}
+	_, err = raw.BitmapStatus(nil, "b", 0, 1, 1)
+	wantErrno(t, err, unix.ENOENT)
+}
