@@ -20,7 +20,8 @@ import (
 // where our own access would end the process (SIGBUS). WriteAfterFault then
 // says what is wrong. It may be used as long as the File is open.
 func (f *File) Place(off, n int64) []byte {
-	if f.place == nil || off < 0 || n <= 0 || off > f.limit.Load()-n {
+	// A file that grows as it is used has been mapped as long as it was.
+	if f.place == nil || off < 0 || n <= 0 || off > min(f.limit.Load(), int64(len(f.place)))-n {
 		return nil
 	}
 	return f.place[off : off+n : off+n]

@@ -994,6 +994,11 @@ def fails(want, f, *args, **kw):
 // control protocol, to test the tests of that.
 func serveQSD(t testing.TB, image string, inactive bool) *daemon {
 	t.Helper()
+	return serveQSDFormat(t, image, "raw", inactive)
+}
+
+func serveQSDFormat(t testing.TB, image, format string, inactive bool) *daemon {
+	t.Helper()
 	need(t, "qemu-storage-daemon", "qemu-system-common")
 	dir := shortDir(t)
 	e := &daemon{image: image, socket: filepath.Join(dir, "nbd"),
@@ -1004,7 +1009,7 @@ func serveQSD(t testing.TB, image string, inactive bool) *daemon {
 	}
 	e.process = spawn(t, "qemu-storage-daemon", nil, "qemu-storage-daemon",
 		"--blockdev", "driver=file,node-name=file0,discard=unmap,active="+active+",filename="+image,
-		"--blockdev", "driver=raw,node-name=disk0,discard=unmap,file=file0,active="+active,
+		"--blockdev", "driver="+format+",node-name=disk0,discard=unmap,file=file0,active="+active,
 		"--nbd-server", "addr.type=unix,max-connections=0,addr.path="+e.socket,
 		"--export", "type=nbd,id=export0,node-name=disk0,name=,writable=on,allow-inactive=on",
 		"--chardev", "socket,id=control,server=on,wait=off,path="+e.control, "--monitor", "chardev=control",
