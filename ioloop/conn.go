@@ -26,9 +26,9 @@ import (
 //	    (conn.process, conn.largePayload). Nothing is admitted before its
 //	    payload is here: a client that stalls in it delays nobody.
 //	 3. What cannot wait for a device runs at once, in this goroutine, and its
-//	    reply is appended to the reply buffer (inline.go). Everything else
-//	    becomes a task for the ring (uring.go) or a worker (task.go), or is
-//	    parked while the gate holds.
+//	    reply is appended to the reply buffer (inline.go), or sent from the page
+//	    cache (pages.go). Everything else becomes a task for the ring (uring.go)
+//	    or a worker (task.go), or is parked while the gate holds.
 //	 4. When the input has no complete request left, or the replies reach
 //	    flushAt, they go out in one send (conn.flush). What the socket does not
 //	    take is queued (outgoing.go); receiving goes on until the connection's

@@ -73,6 +73,7 @@ func TestReadByReference(t *testing.T) {
 			c := r.connectWith(codec, link, h.install)
 			rnd := rand.New(rand.NewPCG(1, 1))
 			for _, n := range readSizes {
+				await(t, c.conn.out.flushed(), "the writer of the last reply")
 				before := h.count()
 				off := rnd.Int64N(int64(len(want)) - n + 1)
 				if a := c.ok(OpRead, 0, off, n, nil); !bytes.Equal(a.data, want[off:off+n]) {
