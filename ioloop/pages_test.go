@@ -192,6 +192,7 @@ func TestTruncatedInTheAct(t *testing.T) {
 				var h pageHook
 				c := r.connectWith(&testCodec{}, socketpair, h.install)
 				c.ok(OpRead, 0, 0, n, nil)
+				await(t, c.conn.out.flushed(), "the writer of the first reply")
 				h.mu.Lock()
 				h.before = func(segs [][]byte) (int, error, bool) {
 					must(t, os.Truncate(r.path, 0))
