@@ -120,6 +120,9 @@ type conn struct {
 	// waited: the client's requests have had to wait for memory.
 	waited atomic.Bool
 
+	received atomic.Uint64 // receives that brought something
+	counted  uint64        // received, at the last count; Engine.mu
+
 	// tasks counts those queued, running and parked.
 	tasks atomic.Int64
 
@@ -148,6 +151,9 @@ func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk) *conn {
 	c.peeker, _ = c.t.(peeker)
 	c.atRest, c.inPayload = c.onRest, c.onPayload
 	c.out.init(c.t)
+	if s, ok := c.t.(*socket); ok && spins() {
+		s.spin.may, s.spin.clock = c.maySpin, clock
+	}
 	c.ring = e.ring
 	c.lane = d.Machine.Lane(c.reopen, c.oldest)
 	return c

@@ -79,6 +79,7 @@ type socket struct {
 	nc   net.Conn
 	rc   syscall.RawConn
 	unix bool
+	spin spinner
 	// room is how many bytes of replies the socket takes before the client
 	// does; 0 before it was asked. Unix sockets only.
 	room int
@@ -144,6 +145,9 @@ func (s *socket) receive(p []byte, idle func() (released bool), flags uintptr) (
 	if err != nil {
 		return 0, err
 	}
+	if s.in.n > 0 {
+		s.spin.got()
+	}
 	return s.in.n, s.in.err
 }
 
@@ -165,6 +169,9 @@ func (s *socket) recvOnce(fd uintptr) bool {
 		case unix.EINTR:
 			continue
 		case unix.EAGAIN:
+			if s.spin.again() {
+				continue
+			}
 			if s.in.idle != nil {
 				if s.in.idle() {
 					s.in.p = nil
