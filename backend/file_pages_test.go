@@ -258,3 +258,34 @@ func TestPagesAllocations(t *testing.T) {
 		}
 	})
 }
+
+// A file that grows is mapped again, and what was mapped stays until it is
+// closed: a send may still refer to it.
+func TestPagesOfGrowingFile(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		path := writeFile(t, dir, pattern(64<<10, 1))
+		f := openTest(t, path, openHow{write: true, pages: true})
+		first := f.Pages(0, 4096)
+		if first == nil {
+			t.Fatal("not mapped")
+		}
+		for size := int64(64 << 10); size < 8<<20; size += 64 << 10 {
+			must(t, f.Resize(size+64<<10))
+			want := pattern(64<<10, uint64(size))
+			must(t, f.WriteAt(want, size, false))
+			if got, err := bytesOf(t, f.Pages(size, 64<<10)); err != nil || !bytes.Equal(got, want) {
+				t.Fatalf("at %d: other bytes (%v)", size, err)
+			}
+		}
+		if maps, _ := mapped(t, path); maps < 2 || maps > 8 {
+			t.Errorf("%d maps", maps)
+		}
+		if got, err := bytesOf(t, first); err != nil || !bytes.Equal(got, pattern(64<<10, 1)[:4096]) {
+			t.Errorf("what was mapped first: other bytes (%v)", err)
+		}
+		must(t, f.Close())
+		if maps, _ := mapped(t, path); maps != 0 {
+			t.Errorf("%d maps of a closed file", maps)
+		}
+	})
+}
