@@ -33,6 +33,10 @@ type Extent struct {
 	File   *File // Data only; valid until the Plan is released
 	Offset int64 // Data only: byte offset in File
 	Length int64 // bytes, > 0
+	// Fixed: as long as File is open these bytes of it are what the guest has
+	// there, and never become another's. So they may be sent as pages that stay
+	// part of the file until the client takes them, after the plan is released.
+	Fixed bool
 }
 
 // Plan is one request's mapping and the pins it holds. The zero value is

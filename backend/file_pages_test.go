@@ -82,8 +82,14 @@ func TestPages(t *testing.T) {
 				off := rnd.Int64N(size)
 				n := 1 + rnd.Int64N(min(size-off, 1+int64(1)<<rnd.IntN(22)))
 				p := f.Pages(off, n)
+				for range 3 { // the system may have had to make room
+					if p == nil {
+						must(t, f.ReadAt(make([]byte, n), off))
+						p = f.Pages(off, n)
+					}
+				}
 				if p == nil {
-					t.Fatalf("%d+%d, just written, is not in the cache", off, n)
+					t.Fatalf("%d+%d, just read, is not in the cache", off, n)
 				}
 				if got, err := bytesOf(t, p); err != nil || !bytes.Equal(got, want[off:off+n]) {
 					t.Fatalf("%d+%d: other bytes (%v)", off, n, err)
@@ -249,6 +255,37 @@ func TestPagesAllocations(t *testing.T) {
 			}
 		}); n != 0 {
 			t.Errorf("%v allocations", n)
+		}
+	})
+}
+
+// A file that grows is mapped again, and what was mapped stays until it is
+// closed: a send may still refer to it.
+func TestPagesOfGrowingFile(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		path := writeFile(t, dir, pattern(64<<10, 1))
+		f := openTest(t, path, openHow{write: true, pages: true})
+		first := f.Pages(0, 4096)
+		if first == nil {
+			t.Fatal("not mapped")
+		}
+		for size := int64(64 << 10); size < 8<<20; size += 64 << 10 {
+			must(t, f.Resize(size+64<<10))
+			want := pattern(64<<10, uint64(size))
+			must(t, f.WriteAt(want, size, false))
+			if got, err := bytesOf(t, f.Pages(size, 64<<10)); err != nil || !bytes.Equal(got, want) {
+				t.Fatalf("at %d: other bytes (%v)", size, err)
+			}
+		}
+		if maps, _ := mapped(t, path); maps < 2 || maps > 8 {
+			t.Errorf("%d maps", maps)
+		}
+		if got, err := bytesOf(t, first); err != nil || !bytes.Equal(got, pattern(64<<10, 1)[:4096]) {
+			t.Errorf("what was mapped first: other bytes (%v)", err)
+		}
+		must(t, f.Close())
+		if maps, _ := mapped(t, path); maps != 0 {
+			t.Errorf("%d maps of a closed file", maps)
 		}
 	})
 }

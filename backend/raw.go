@@ -81,7 +81,7 @@ func (r *raw) Map(p *Plan, off, n int64, mode Mode) error {
 		return r.image.fail("read", errPastEnd)
 	}
 	if mode&FindHoles == 0 || n < holeMin || !r.sparse.Load() {
-		p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n})
+		p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n, Fixed: true})
 		return nil
 	}
 	return r.findHoles(p, off, n, mode)
@@ -92,7 +92,7 @@ func (r *raw) Map(p *Plan, off, n int64, mode Mode) error {
 func (r *raw) findHoles(p *Plan, off, n int64, mode Mode) error {
 	if r.full != nil {
 		if r.full.has(off, n) {
-			p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n})
+			p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n, Fixed: true})
 			return nil
 		}
 		if mode&MayBlock == 0 {
@@ -104,7 +104,7 @@ func (r *raw) findHoles(p *Plan, off, n int64, mode Mode) error {
 		if len(p.Extents) < maxHoles-1 {
 			next, hole = r.file.extent(off, end)
 		}
-		e := Extent{Kind: Data, File: r.file, Offset: off, Length: next - off}
+		e := Extent{Kind: Data, File: r.file, Offset: off, Length: next - off, Fixed: true}
 		if hole {
 			e = Extent{Kind: Zero, Length: next - off}
 		} else if r.full != nil && next-off >= r.full.chunk {

@@ -26,9 +26,9 @@ import (
 //	    (conn.process, conn.largePayload). Nothing is admitted before its
 //	    payload is here: a client that stalls in it delays nobody.
 //	 3. What cannot wait for a device runs at once, in this goroutine, and its
-//	    reply is appended to the reply buffer (inline.go). Everything else
-//	    becomes a task for the ring (uring.go) or a worker (task.go), or is
-//	    parked while the gate holds.
+//	    reply is appended to the reply buffer (inline.go), or sent from the page
+//	    cache (pages.go). Everything else becomes a task for the ring (uring.go)
+//	    or a worker (task.go), or is parked while the gate holds.
 //	 4. When the input has no complete request left, or the replies reach
 //	    flushAt, they go out in one send (conn.flush). What the socket does not
 //	    take is queued (outgoing.go); receiving goes on until the connection's
@@ -120,6 +120,9 @@ type conn struct {
 	// waited: the client's requests have had to wait for memory.
 	waited atomic.Bool
 
+	received atomic.Uint64 // receives that brought something
+	counted  uint64        // received, at the last count; Engine.mu
+
 	// tasks counts those queued, running and parked.
 	tasks atomic.Int64
 
@@ -148,6 +151,9 @@ func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk) *conn {
 	c.peeker, _ = c.t.(peeker)
 	c.atRest, c.inPayload = c.onRest, c.onPayload
 	c.out.init(c.t)
+	if s, ok := c.t.(*socket); ok && spins() {
+		s.spin.may, s.spin.clock = c.maySpin, clock
+	}
 	c.ring = e.ring
 	c.lane = d.Machine.Lane(c.reopen, c.oldest)
 	return c

@@ -41,6 +41,10 @@ type Engine struct {
 	log     *zap.Logger
 	stall   time.Duration
 
+	// How many connections are busy: see alone.
+	nextCount atomic.Int64 // when they are to be counted, by clock
+	busy      atomic.Int32
+
 	mu      sync.Mutex // leaf
 	conns   map[*conn]struct{}
 	shut    bool          // Serve refuses

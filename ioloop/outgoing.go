@@ -91,6 +91,16 @@ func (o *outgoing) precede(segs ...segment) {
 // read.
 func (o *outgoing) sendPages(segs [][]byte, total int) int {
 	n, err := o.pages.sendPages(segs)
+	return o.pagesSent(n, total, err)
+}
+
+// sendFile is sendPages of head and n bytes of a file.
+func (o *outgoing) sendFile(head []byte, fd int, off, n int64) int {
+	sent, err := o.pages.sendFile(head, fd, off, n)
+	return o.pagesSent(sent, len(head)+int(n), err)
+}
+
+func (o *outgoing) pagesSent(n, total int, err error) int {
 	if err != nil && err != errAgain && err != errFault {
 		o.fail(err)
 		return total

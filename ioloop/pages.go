@@ -209,13 +209,7 @@ func (c *conn) sendByReference(t *task) bool {
 		// Counted before the client can know.
 		c.disk.counts.reads.Add(1)
 		c.disk.counts.bytesRead.Add(uint64(r.Length))
-		segs := c.out.scratch[:0]
-		for i := range t.segs {
-			segs = append(segs, t.segs[i].b)
-			total += len(t.segs[i].b)
-		}
-		sent = c.out.sendPages(segs, total)
-		clear(segs)
+		sent, total = t.send()
 		if sent == 0 {
 			c.disk.counts.unread(r)
 		} else if sent < total {
@@ -238,6 +232,24 @@ func (c *conn) sendByReference(t *task) bool {
 	c.out.pump()
 	t.free()
 	return true
+}
+
+// send sends what is laid out by reference. The caller is the sender.
+func (t *task) send() (sent, total int) {
+	c := t.conn
+	segs := c.out.scratch[:0]
+	for i := range t.segs {
+		segs = append(segs, t.segs[i].b)
+		total += len(t.segs[i].b)
+	}
+	e := &t.plan.Extents[0]
+	if len(segs) == 2 && len(t.plan.Extents) == 1 && e.Fixed && c.out.pages.prefersFile(e.Length, c.r < c.w) {
+		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length)
+	} else {
+		sent = c.out.sendPages(segs, total)
+	}
+	clear(segs)
+	return sent, total
 }
 
 // mapPages maps the admitted read t and lays out its reply by reference. If

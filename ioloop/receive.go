@@ -54,6 +54,7 @@ func (c *conn) fill() error {
 		err = io.ErrUnexpectedEOF
 	}
 	c.w += n
+	c.received.Store(c.received.Load() + 1)
 	return err
 }
 

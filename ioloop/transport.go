@@ -40,6 +40,12 @@ type pageSender interface {
 	// sendPages is trySend, but errFault if the first byte to send is in a
 	// page that cannot be read. It may wait for a disk.
 	sendPages(segs [][]byte) (int, error)
+	// sendFile is sendPages of head and n bytes at off of the file fd, which
+	// are not copied: they stay pages of the file until the client takes them.
+	sendFile(head []byte, fd int, off, n int64) (int, error)
+	// prefersFile reports whether sendFile is the faster way for n bytes. more
+	// says that other requests have come.
+	prefersFile(n int64, more bool) bool
 }
 
 // errFault: see pageSender.
@@ -70,8 +76,13 @@ func newTransport(nc net.Conn) transport {
 // in its netpoller. The calls are raw: they never block, and telling the
 // scheduler about each would cost more than they do.
 type socket struct {
-	nc net.Conn
-	rc syscall.RawConn
+	nc   net.Conn
+	rc   syscall.RawConn
+	unix bool
+	spin spinner
+	// room is how many bytes of replies the socket takes before the client
+	// does; 0 before it was asked. Unix sockets only.
+	room int
 
 	// Arguments and results of the callbacks below, which are made once:
 	// a closure per call would allocate.
@@ -100,12 +111,22 @@ type socket struct {
 		err   error
 		fn    func(fd uintptr) bool
 	}
+	file struct {
+		head   []byte
+		fd     int
+		off, n int64
+		unsent int // of what was sent before
+		fn     func(fd uintptr) bool
+		ask    func(fd uintptr)
+	}
 }
 
 func newSocket(nc net.Conn, rc syscall.RawConn) *socket {
 	s := &socket{nc: nc, rc: rc}
+	_, s.unix = nc.(*net.UnixConn)
 	s.in.fn, s.out.fn = s.recvOnce, s.sendOnce
 	s.took.fn, s.took.ask = s.takeOnce, s.askPending
+	s.file.fn, s.file.ask = s.sendFileOnce, s.askRoom
 	return s
 }
 
@@ -123,6 +144,9 @@ func (s *socket) receive(p []byte, idle func() (released bool), flags uintptr) (
 	s.in.p, s.in.idle = nil, nil
 	if err != nil {
 		return 0, err
+	}
+	if s.in.n > 0 {
+		s.spin.got()
 	}
 	return s.in.n, s.in.err
 }
@@ -145,6 +169,9 @@ func (s *socket) recvOnce(fd uintptr) bool {
 		case unix.EINTR:
 			continue
 		case unix.EAGAIN:
+			if s.spin.again() {
+				continue
+			}
 			if s.in.idle != nil {
 				if s.in.idle() {
 					s.in.p = nil
@@ -255,6 +282,83 @@ func (s *socket) sendOnce(fd uintptr) bool {
 			if o.wait {
 				return false
 			}
+			o.err = errAgain
+			return true
+		default:
+			o.err = errno
+			return true
+		}
+	}
+}
+
+// Replies of fileMin bytes and more are worth sendFile, on Unix sockets that
+// have room for four of them and while the client is not waiting: the kernel
+// sends 64 KiB at a time, waking a client that waits with each. Operations/s and
+// server's processor time in microseconds, tmpfs, by sendPages and by sendFile
+// (nbd-export bench, two cores): 64k at depth 8 40k @25 and 57k @12, 1M at depth 4
+// 3.5k @300 and 4.8k @107. On TCP it was slower at 1M (2.1k @480 against 3.6k
+// @278) and no faster at 64k.
+const fileMin = 64 << 10
+
+// sendBuffer is asked of the system for Unix sockets with such replies, in
+// bytes; it gives up to twice that. (TCP finds its own size, unless it is told.)
+const sendBuffer = 2 << 20
+
+func (s *socket) prefersFile(n int64, more bool) bool {
+	if !s.unix || n < fileMin || s.rc.Control(s.file.ask) != nil {
+		return false
+	}
+	return int64(s.room) >= 4*n && (more || s.file.unsent > 0)
+}
+
+// askRoom makes room for replies, once, and finds how much of what was sent
+// the client has not taken.
+func (s *socket) askRoom(fd uintptr) {
+	if s.room == 0 {
+		s.room, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
+		if s.room >= 2*fileMin { // otherwise somebody wants it small
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, max(sendBuffer, s.room/2))
+			s.room, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
+		}
+	}
+	s.file.unsent, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+}
+
+func (s *socket) sendFile(head []byte, fd int, off, n int64) (int, error) {
+	f, o := &s.file, &s.out
+	f.head, f.fd, f.off, f.n = head, fd, off, n
+	o.n, o.err = 0, nil
+	err := s.rc.Write(f.fn)
+	f.head = nil
+	if err != nil {
+		return 0, err
+	}
+	return o.n, o.err
+}
+
+func (s *socket) sendFileOnce(fd uintptr) bool {
+	f, o := &s.file, &s.out
+	for {
+		var n uintptr
+		var errno syscall.Errno
+		if left := f.n - int64(o.n-len(f.head)); o.n < len(f.head) {
+			p := f.head[o.n:]
+			n, _, errno = syscall.RawSyscall6(unix.SYS_SENDTO, fd,
+				uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL|unix.MSG_MORE, 0, 0)
+		} else if left == 0 {
+			return true
+		} else {
+			off := f.off + f.n - left
+			n, _, errno = syscall.Syscall6(unix.SYS_SENDFILE, fd, uintptr(f.fd), uintptr(unsafe.Pointer(&off)), uintptr(left), 0, 0)
+			if n == 0 && errno != unix.EAGAIN && errno != unix.EINTR {
+				errno = errFault // past the end of the file, or its disk fails; or the socket, as the next send will see
+			}
+		}
+		switch errno {
+		case 0:
+			o.n += int(n)
+		case unix.EINTR:
+		case unix.EAGAIN:
 			o.err = errAgain
 			return true
 		default:

@@ -15,7 +15,7 @@ import (
 
 // failing are images whose every kind of table changes in a short history.
 var failing = map[string]func(t *testing.T) *memfile.File{
-	"new tables":     func(t *testing.T) *memfile.File { return made(t, "200k", "cluster_size=512") },
+	"new tables": func(t *testing.T) *memfile.File { return made(t, "200k", "cluster_size=512") },
 	// A few clusters more, and the refcount table has to become larger.
 	"refcount table": func(t *testing.T) *memfile.File {
 		f := made(t, "2304k", "cluster_size=512", "refcount_bits=64")
@@ -35,7 +35,7 @@ var failing = map[string]func(t *testing.T) *memfile.File{
 		im.Close()
 		return f
 	},
-	"extended":       func(t *testing.T) *memfile.File { return made(t, "200k", "cluster_size=16k", "extended_l2=on") },
+	"extended": func(t *testing.T) *memfile.File { return made(t, "200k", "cluster_size=16k", "extended_l2=on") },
 	"snapshot, compressed": func(t *testing.T) *memfile.File {
 		path := filepath.Join(t.TempDir(), "f.qcow2")
 		raw := path + ".raw"
