@@ -299,3 +299,76 @@ func TestQcowInactivationFails(t *testing.T) {
 		}
 	}
 }
+
+// What needs no new cluster allocates no memory.
+func TestQcowNoAllocations(t *testing.T) {
+	o := openImage(t, Options{Path: makeQcow(t, shmDir(t), "64M"), Format: "qcow2"}, nil)
+	must(t, activate(o, false))
+	b := pattern(256<<10, 1)
+	must(t, write(o, 0, b, false))
+	must(t, o.Flush())
+	var p Plan
+	for name, fn := range map[string]func(){
+		"Map":     func() { o.Map(&p, 4096, 4096, 0); o.Unmap(&p) },
+		"large":   func() { o.Map(&p, 0, 1<<20, FindHoles); o.Unmap(&p) },
+		"Prepare": func() { o.Prepare(&p, 4096, b[:4096], 0); o.Commit(&p) },
+		"Abort":   func() { o.Prepare(&p, 4096, b[:4096], 0); o.Abort(&p) },
+		"Recycle": func() { o.Map(&p, 4096, 4096, 0); o.Unmap(&p); p.Recycle() },
+	} {
+		if n := testing.AllocsPerRun(50, fn); n != 0 {
+			t.Errorf("%s: %v allocations", name, n)
+		}
+	}
+}
+
+func BenchmarkQcowMap(b *testing.B) {
+	o, err := Open(Options{Path: makeQcow(b, shmDir(b), "64M"), Format: "qcow2"})
+	must(b, err)
+	defer o.Close()
+	must(b, activate(o, false))
+	payload := make([]byte, 4096)
+	must(b, write(o, 0, make([]byte, 1<<20), false))
+	must(b, o.Flush())
+	var p Plan
+	b.Run("map", func(b *testing.B) {
+		for b.Loop() {
+			if err := o.Map(&p, 4096, 4096, 0); err != nil {
+				b.Fatal(err)
+			}
+			o.Unmap(&p)
+		}
+	})
+	b.Run("prepare", func(b *testing.B) {
+		for b.Loop() {
+			if err := o.Prepare(&p, 4096, payload, 0); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := o.Commit(&p); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+}
+
+// An owner whose locks are gone is fenced, and giving the image up writes none of
+// its tables.
+func TestQcowFenced(t *testing.T) {
+	path := makeQcow(t, t.TempDir(), "8M")
+	o := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	must(t, activate(o, false))
+	must(t, write(o, 0, pattern(1<<20, 1), false))
+	must(t, o.Check())
+	dropLock(t, o.cur.Load().file.fd, 201)
+	var fenced *FencedError
+	if err := o.Check(); !errors.As(err, &fenced) {
+		t.Fatal(err)
+	}
+	was := sumOf(t, path)
+	must(t, o.Abandon())
+	o.PublishInactive()
+	must(t, o.Release())
+	if sumOf(t, path) != was {
+		t.Error("what was abandoned was written")
+	}
+	checkLeaks(t, path)
+}
