@@ -2,6 +2,7 @@ package backend
 
 import (
 	"fmt"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -16,13 +17,33 @@ type fingerprint struct {
 	mtime, ctime unix.Timespec
 }
 
+func fingerprintOf(st *unix.Stat_t) *fingerprint {
+	return &fingerprint{id: inodeOf(st), size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+}
+
+// String is all of it but which file it is of.
+func (p *fingerprint) String() string {
+	b := make([]byte, 0, 96)
+	b = strconv.AppendInt(append(b, "size "...), p.size, 10)
+	b = appendTime(append(b, ", mtime "...), p.mtime)
+	b = appendTime(append(b, ", ctime "...), p.ctime)
+	return string(b)
+}
+
+func appendTime(b []byte, t unix.Timespec) []byte {
+	b = strconv.AppendInt(b, t.Sec, 10)
+	nsec := strconv.AppendInt(nil, 1e9+t.Nsec, 10)
+	nsec[0] = '.'
+	return append(b, nsec...)
+}
+
 // fingerprint of the file as it is now, or nil if it cannot be had.
 func (f *File) fingerprint() *fingerprint {
 	var st unix.Stat_t
 	if f.fstat(&st) != nil {
 		return nil
 	}
-	p := &fingerprint{id: f.id, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	p := fingerprintOf(&st)
 	if f.traits.BlockDevice {
 		size, err := f.currentSize()
 		if err != nil {

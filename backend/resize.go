@@ -47,5 +47,7 @@ func (f *File) truncate(size int64) error {
 	if err := f.faults.check(opTruncate, size); err != nil {
 		return err
 	}
-	return retry(func() error { return unix.Ftruncate(f.fd, size) })
+	err := retry(func() error { return unix.Ftruncate(f.fd, size) })
+	f.dirtied()
+	return err
 }
