@@ -33,6 +33,7 @@ type config struct {
 	servers      []string // names or programs; empty: all
 	out          string   // directory of BENCHMARKS.md and benchmarks.svg
 	raw          string   // file of the raw figures
+	onto         string   // file of those of all parts, or ""
 	ours         string   // our program
 	shm, disk    string   // directories for images
 	quick        bool
@@ -88,6 +89,7 @@ func parseFlags(args []string) (c config, render string, err error) {
 	f.StringVar(&servers, "servers", "", "only these servers or programs, with commas between them")
 	f.StringVar(&c.out, "out", "docs", "directory for BENCHMARKS.md and benchmarks.svg")
 	f.StringVar(&c.raw, "raw", "", "file for the raw figures (default bin/bench/DATE-TIME.json)")
+	f.StringVar(&c.onto, "onto", "", "file with what was measured before: the report is of that too, but for the cells measured now, and all is kept there")
 	f.StringVar(&c.ours, "program", "bin/nbd-export", "our program")
 	f.StringVar(&c.shm, "shm-dir", "/dev/shm", "directory on tmpfs for images")
 	f.StringVar(&c.disk, "disk-dir", "bin/bench", "directory on a disk for images")
@@ -183,12 +185,18 @@ func compare(c config) error {
 	if err != nil {
 		return err
 	}
+	failed := r.report.failed()
+	if c.onto != "" && len(c.cells) > 0 {
+		if err := r.report.onto(c.onto); err != nil {
+			return err
+		}
+	}
 	if err := r.report.write(c.out); err != nil {
 		return err
 	}
 	fmt.Fprintln(os.Stderr, "report:", filepath.Join(c.out, reportName))
-	if n := r.report.failed(); n > 0 {
-		return fmt.Errorf("%d loads failed; the report lists them", n)
+	if failed > 0 {
+		return fmt.Errorf("%d loads failed; the report lists them", failed)
 	}
 	return nil
 }

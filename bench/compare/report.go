@@ -31,6 +31,7 @@ type report struct {
 	Commands []string      `json:"commands"` // that started them
 	Checks   []check       `json:"checks"`
 	Samples  []sample      `json:"samples"`
+	Parts    []part        `json:"parts,omitempty"` // oldest first; none: measured at once
 
 	Handover *handoverReport `json:"handover,omitempty"` // nil: not measured
 }
