@@ -24,6 +24,7 @@ func (rep *report) markdown(results []result) string {
 	fmt.Fprintf(&s, "![Ratios to the better peer, by cell](%s)\n\n", plotName)
 	rep.writeGoals(&s, results)
 	rep.writeMisses(&s, results)
+	rep.writeFairness(&s)
 	rep.writeChecks(&s)
 	rep.writeServers(&s, results)
 	rep.writeMachine(&s)

@@ -94,6 +94,9 @@ func (rep *report) add(old *report) {
 	if len(rep.Checks) == 0 {
 		rep.Checks = old.Checks
 	}
+	if len(rep.Fair) == 0 {
+		rep.Fair = old.Fair
+	}
 	rep.Servers = union(rep.Servers, old.Servers)
 	slices.SortStableFunc(rep.Servers, func(a, b string) int { return serverPlace(a) - serverPlace(b) })
 	rep.Commands = union(old.Commands, rep.Commands)
