@@ -97,6 +97,9 @@ func (rep *report) add(old *report) {
 	if len(rep.Fair) == 0 {
 		rep.Fair = old.Fair
 	}
+	if len(rep.Scale) == 0 {
+		rep.Scale = old.Scale
+	}
 	rep.Servers = union(rep.Servers, old.Servers)
 	slices.SortStableFunc(rep.Servers, func(a, b string) int { return serverPlace(a) - serverPlace(b) })
 	rep.Commands = union(old.Commands, rep.Commands)

@@ -32,6 +32,7 @@ type report struct {
 	Checks   []check       `json:"checks"`
 	Samples  []sample      `json:"samples"`
 	Fair     []fairSample  `json:"fairness,omitempty"`
+	Scale    []scaleRow    `json:"scale,omitempty"`
 	Parts    []part        `json:"parts,omitempty"` // oldest first; none: measured at once
 
 	Handover *handoverReport `json:"handover,omitempty"` // nil: not measured

@@ -103,6 +103,11 @@ func (r *runner) run(ctx context.Context) error {
 			return fmt.Errorf("fairness: %w", err)
 		}
 	}
+	if r.cfg.many {
+		if err := r.scale(ctx); err != nil {
+			return fmt.Errorf("scale: %w", err)
+		}
+	}
 	if err := r.shm.remove(); err != nil {
 		return err
 	}
