@@ -31,7 +31,8 @@ type pageMap struct {
 // Pages is [off, off+n) of the file's map, if all of it is in the page cache,
 // and so no hole; otherwise the answer is nil. The bytes are for system calls
 // only: see pageMap. They may leave the cache at any time, and then touching
-// them waits for the disk. They stay mapped as long as the file is open. It
+// them waits for the disk; whether the file reaches to the end of the last page
+// is for Reaches to say. They stay mapped as long as the file is open. It
 // neither waits nor allocates.
 func (f *File) Pages(off, n int64) []byte {
 	m := &f.pages
@@ -51,12 +52,24 @@ func (f *File) Pages(off, n int64) []byte {
 	return unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(base), off)), n)
 }
 
+// mapAhead is how far past its present end a regular file is mapped, in bytes:
+// images of some formats grow. Addresses cost nothing until there are pages.
+const mapAhead = 1 << 38
+
 func (f *File) mapPages() {
-	p, err := unix.MmapPtr(f.fd, 0, nil, uintptr(f.size), unix.PROT_READ, unix.MAP_SHARED)
+	length := f.size
+	if !f.traits.BlockDevice {
+		length += mapAhead
+	}
+	p, err := unix.MmapPtr(f.fd, 0, nil, uintptr(length), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil { // more than this process may have, perhaps
+		length = f.size
+		p, err = unix.MmapPtr(f.fd, 0, nil, uintptr(length), unix.PROT_READ, unix.MAP_SHARED)
+	}
 	if err != nil {
 		return // too large for the address space, or not for mapping
 	}
-	f.pages.length = f.size
+	f.pages.length = length
 	f.pages.base.Store((*byte)(p))
 }
 
