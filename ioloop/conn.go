@@ -30,7 +30,7 @@ import (
 //	    cache (pages.go). Everything else becomes a task for the ring (uring.go)
 //	    or a worker (task.go), or is parked while the gate holds.
 //	 4. When the input has no complete request left, or the replies reach
-//	    flushAt, they go out in one send (conn.flush). What the socket does not
+//	    what is sent at once, they go out in one send (conn.flush). What the socket does not
 //	    take is queued (outgoing.go); receiving goes on until the connection's
 //	    share of the memory is used up.
 //
@@ -41,6 +41,9 @@ const (
 	inputSize    = 64 << 10 // bytes of one receive; 256 KiB is slower for 4k writes, the client idles
 	replySize    = 64 << 10
 	flushAt      = 48 << 10
+	deepReply    = 256 << 10 // of replies by reference, see filledUp
+	flushRoom    = 20 << 10  // left in a reply buffer that goes out
+	staysDeep    = 64        // replies after one that was deep
 	smallPayload = 32 << 10  // larger payloads are received apart
 	inlineRead   = 32 << 10  // larger reads get a buffer of their own
 	inlineLarge  = 256 << 10 // larger ones always a worker: copying them here would hold up the connection
@@ -105,6 +108,7 @@ type conn struct {
 	since  state.Arrival // of req, from admit
 	plan   backend.Plan
 	batch  batch
+	deep   int          // how many more reply buffers are to be deep ones
 	gaps   []gap        // of the reply buffer
 	pinned []pinnedRead // the first pins of them have gaps
 	pins   int

@@ -102,7 +102,7 @@ func (c *conn) processInput() error {
 		if err != nil {
 			return err
 		}
-		if c.filled >= flushAt {
+		if c.filledUp() {
 			c.flush()
 		}
 		if c.tasks.Load() >= maxTasks {
