@@ -3,6 +3,8 @@ package qcow2
 import (
 	"encoding/binary"
 	"fmt"
+	"maps"
+	"slices"
 )
 
 // Report is what Check found.
@@ -35,15 +37,23 @@ type checker struct {
 	counts   counts
 	table    []uint64 // refcount table, decoded
 	progress func(done, total int64)
-	done     int64
+
+	// tables are the L2 tables by offset. Each is read once, however many
+	// entries lead to it: an image full of those would keep us for years.
+	tables map[int64]uses
+	weight uint32 // how many entries lead to what is being looked at
 
 	copied []copiedFlag // wrong ones of the active disk
 	broken bool         // refcount structures cannot be mended in place
+	lost   bool         // not all of what is used could be found
 	scan   int64        // where free looks next
 
 	block      []byte // the last one that refcount read
 	blockIndex int64
 }
+
+// uses is how many L1 entries lead to a table: of the active disk, and in all.
+type uses struct{ active, all uint32 }
 
 // copiedFlag is an entry whose flag does not fit its refcount.
 type copiedFlag struct {
@@ -52,7 +62,7 @@ type copiedFlag struct {
 }
 
 // Check looks at all metadata, while nobody changes it. It reads only. progress,
-// which may be nil, is told bytes of guest space looked at. The error is one of
+// which may be nil, is told bytes of tables looked at. The error is one of
 // reading; what is wrong with the image is in the report.
 func Check(f File, h *Header, progress func(done, total int64)) (*Report, error) {
 	c := newChecker(f, h, progress)
@@ -66,11 +76,11 @@ func newChecker(f File, h *Header, progress func(done, total int64)) *checker {
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}
-	return &checker{f: f, h: h, g: h.Geometry(), counts: make(counts), progress: progress}
+	return &checker{f: f, h: h, g: h.Geometry(), counts: make(counts), tables: make(map[int64]uses), weight: 1, progress: progress}
 }
 
 func (c *checker) corrupt(format string, args ...any) {
-	c.r.Corruptions++
+	c.r.Corruptions += int64(c.weight)
 	c.tell("ERROR "+format, args...)
 }
 
@@ -93,15 +103,19 @@ func (c *checker) run() error {
 	if err := c.compare(); err != nil {
 		return err
 	}
-	if err := c.checkCopied(); err != nil {
-		return err
-	}
-	c.progress(c.h.Size, c.h.Size)
-	return nil
+	return c.checkCopied()
 }
 
 // countAll counts what the header leads to.
 func (c *checker) countAll() error {
+	if err := c.countContent(); err != nil {
+		return err
+	}
+	return c.walkRefcounts()
+}
+
+// countContent counts all but the refcount structures.
+func (c *checker) countContent() error {
 	c.count("header", 0, c.g.ClusterSize())
 	if err := c.walkL1(c.h.L1Offset, c.h.L1Entries, true); err != nil {
 		return err
@@ -109,10 +123,10 @@ func (c *checker) countAll() error {
 	if err := c.walkSnapshots(); err != nil {
 		return err
 	}
-	if err := c.walkBitmaps(); err != nil {
+	if err := c.walkTables(); err != nil {
 		return err
 	}
-	return c.walkRefcounts()
+	return c.walkBitmaps()
 }
 
 // count counts the clusters of a range, which may end past the end of the file
@@ -126,7 +140,7 @@ func (c *checker) count(what string, off, n int64) bool {
 		return false
 	}
 	for k := off >> c.g.ClusterBits; k <= (off+n-1)>>c.g.ClusterBits; k++ {
-		c.counts.add(k)
+		c.counts.add(k, c.weight)
 	}
 	return true
 }
@@ -146,7 +160,7 @@ func (c *checker) readWords(off, n int64) ([]uint64, error) {
 	return words, nil
 }
 
-// walkL1 counts an L1 table and what it names.
+// walkL1 counts an L1 table and the L2 tables that it names.
 func (c *checker) walkL1(off int64, entries int, active bool) error {
 	if entries == 0 {
 		return nil
@@ -176,16 +190,33 @@ func (c *checker) walkL1(off int64, entries int, active bool) error {
 		if !c.count(fmt.Sprintf("L2 table %d", i), l2, c.g.ClusterSize()) {
 			continue
 		}
-		if err := c.walkL2(l2, active); err != nil {
-			return err
+		u := c.tables[l2]
+		u.all++
+		if active {
+			u.active++
 		}
-		c.done = min(c.done+c.g.L2Coverage(), c.h.Size)
-		c.progress(c.done, c.h.Size)
+		c.tables[l2] = u
 	}
 	return nil
 }
 
-func (c *checker) walkL2(off int64, active bool) error {
+// walkTables counts what the L2 tables name.
+func (c *checker) walkTables() error {
+	defer func() { c.weight = 1 }()
+	total := int64(len(c.tables)) << c.g.ClusterBits
+	for i, off := range slices.Sorted(maps.Keys(c.tables)) {
+		c.weight = c.tables[off].all
+		if err := c.walkL2(off, int64(c.tables[off].active)); err != nil {
+			return err
+		}
+		c.progress(int64(i+1)<<c.g.ClusterBits, total)
+	}
+	return nil
+}
+
+// walkL2 counts what an L2 table names, to which active entries of the active
+// disk lead.
+func (c *checker) walkL2(off, active int64) error {
 	words, err := c.readWords(off, c.g.ClusterSize()/8)
 	if err != nil {
 		return err
@@ -201,27 +232,23 @@ func (c *checker) walkL2(off int64, active bool) error {
 			continue
 		}
 		if what := c.g.fault(e); what != "" {
+			// What it names is used all the same, as far as that can be told.
 			c.corrupt("L2 entry %d of the table at %#x, %#x: %s", i/width, off, e.entry, what)
-			continue
 		}
 		switch {
 		case e.entry&entryCompressed != 0:
 			at, n := c.g.compressed(e.entry)
 			c.count("compressed cluster", at, min(n, max(c.f.Length()-at, 1)))
-			if active {
-				c.r.Allocated++
-				c.r.Compressed++
-				c.r.Fragmented++
-			}
+			c.r.Allocated += active
+			c.r.Compressed += active
+			c.r.Fragmented += active
 		case c.g.hasHost(e):
 			at := hostOffset(e.entry)
-			if active {
-				c.r.Allocated++
-				if next != 0 && at != next {
-					c.r.Fragmented++
-				}
-				next = at + c.g.ClusterSize()
+			c.r.Allocated += active
+			if next != 0 && at != next {
+				c.r.Fragmented += active
 			}
+			next = at + c.g.ClusterSize()
 			if !c.g.External {
 				c.count("data cluster", at, c.g.ClusterSize())
 			}
@@ -233,6 +260,7 @@ func (c *checker) walkL2(off int64, active bool) error {
 func (c *checker) walkSnapshots() error {
 	all, n, err := readSnapshots(c.f, c.h)
 	if bad, ok := err.(*FormatError); ok {
+		c.lost = true
 		c.corrupt("%s", bad.What)
 		return nil
 	}
@@ -240,9 +268,12 @@ func (c *checker) walkSnapshots() error {
 		return err
 	}
 	c.count("snapshot table", c.h.SnapshotsOffset, n)
+	room := c.f.Length() // their tables do not overlap
 	for i := range all {
 		s := &all[i]
-		if s.L1Entries > maxL1Size/8 || s.L1Entries > 0 && !c.g.tableOK(s.L1Offset) {
+		room -= 8 * int64(s.L1Entries)
+		if s.L1Entries > maxL1Size/8 || s.L1Entries > 0 && !c.g.tableOK(s.L1Offset) || room < 0 {
+			c.lost = true
 			c.corrupt("snapshot %q: its L1 table, %d entries at %#x, is not possible", s.Name, s.L1Entries, uint64(s.L1Offset))
 			continue
 		}
@@ -259,6 +290,7 @@ func (c *checker) walkBitmaps() error {
 	}
 	all, err := Bitmaps(c.f, c.h)
 	if bad, ok := err.(*FormatError); ok {
+		c.lost = true
 		c.corrupt("%s", bad.What)
 		return nil
 	}
@@ -266,8 +298,14 @@ func (c *checker) walkBitmaps() error {
 		return err
 	}
 	c.count("bitmap directory", c.h.Bitmaps.DirectoryOffset, c.h.Bitmaps.DirectorySize)
+	room := c.f.Length() // their tables do not overlap
 	for i := range all {
 		b := &all[i]
+		if room -= 8 * b.TableEntries; room < 0 {
+			c.lost = true
+			c.corrupt("bitmap %q: its table overlaps another one", b.Name)
+			return nil
+		}
 		c.count("bitmap table", b.TableOffset, 8*b.TableEntries)
 		t, err := readBitmapTable(c.f, b)
 		if err != nil {
@@ -381,6 +419,12 @@ func (c *checker) checkCopied() error {
 		if err := c.checkFlag("L1 table", c.h.L1Offset+8*int64(i), e, l2); err != nil {
 			return err
 		}
+	}
+	defer func() { c.weight = 1 }()
+	for _, l2 := range slices.Sorted(maps.Keys(c.tables)) {
+		if c.weight = c.tables[l2].active; c.weight == 0 {
+			continue
+		}
 		words, err := c.readWords(l2, c.g.ClusterSize()/8)
 		if err != nil {
 			return err
@@ -390,7 +434,7 @@ func (c *checker) checkCopied() error {
 			if width == 2 {
 				e.bits = words[k+1]
 			}
-			if c.g.External || c.g.fault(e) != "" || !c.g.hasHost(e) {
+			if c.g.fault(e) != "" || e.entry&entryOffset == 0 || !c.g.hasHost(e) {
 				continue
 			}
 			if err := c.checkFlag("L2 table", l2+8*int64(k), e.entry, hostOffset(e.entry)); err != nil {
@@ -402,16 +446,20 @@ func (c *checker) checkCopied() error {
 }
 
 func (c *checker) checkFlag(what string, off int64, e uint64, host int64) error {
-	cluster := host >> c.g.ClusterBits
-	n, err := c.refcount(cluster)
-	if err != nil {
-		return err
+	cluster, n, used := host>>c.g.ClusterBits, uint64(1), uint32(1)
+	if !c.g.External || what == "L1 table" {
+		// Clusters of a data file have no refcounts, and one use.
+		var err error
+		if n, err = c.refcount(cluster); err != nil {
+			return err
+		}
+		used = c.counts.get(cluster)
 	}
 	copied := e&entryCopied != 0
 	if copied != (n == 1) {
 		c.corrupt("OFLAG_COPIED %s: entry %#x at %#x, refcount=%d", what, e, off, n)
 	}
-	if copied != (c.counts.get(cluster) == 1) {
+	if copied != (used == 1) {
 		c.copied = append(c.copied, copiedFlag{off, e ^ entryCopied})
 	}
 	return nil

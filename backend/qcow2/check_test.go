@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
@@ -166,14 +167,14 @@ func TestBeginRepairsDirtyImage(t *testing.T) {
 		if !bytes.Equal(before, f.Bytes()) {
 			t.Error("an image that was not begun has changed")
 		}
-		told := int64(0)
+		told, of := int64(0), int64(0)
 		im := opened(t, f, Options{})
-		if err := im.Begin(func(done, total int64) { told = total }); err != nil {
+		if err := im.Begin(func(done, total int64) { told, of = done, total }); err != nil {
 			t.Fatal(err)
 		}
 		defer im.Close()
-		if told != 1<<20 {
-			t.Errorf("progress of %d bytes", told)
+		if told == 0 || told != of {
+			t.Errorf("progress of %d of %d bytes", told, of)
 		}
 		shadow := make([]byte, 1<<20)
 		copy(shadow[100<<10:], p)
@@ -202,5 +203,91 @@ func TestCheckOfHostileSizes(t *testing.T) {
 		if _, err := Check(memfile.New("hostile", b), &h, nil); err != nil {
 			t.Error(err)
 		}
+	}
+}
+
+// Where the snapshots are not known nothing is free, and nothing is changed.
+func TestMendKeepsWhatSnapshotsMayHave(t *testing.T) {
+	rng := rand.New(rand.NewPCG(6, 4))
+	f := manyFeatured(t, rng, "cluster_size=4k")
+	h, err := ReadHeader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.WriteAt([]byte{0xff, 0xff, 0xff, 0xff}, h.SnapshotsOffset+36, false); err != nil { // length of extra data
+		t.Fatal(err)
+	}
+	bad := f.Bytes()
+	for _, what := range []Repair{RepairLeaks, RepairAll} {
+		before, after, err := Mend(f, h, what, nil)
+		if err != nil || before.Corruptions == 0 || after.Corruptions != before.Corruptions || !bytes.Equal(f.Bytes(), bad) {
+			t.Errorf("%+v, %+v, %v", before, after, err)
+		}
+	}
+}
+
+// A table to which everything leads is read once, and counted as often as it is
+// named, as QEMU does.
+func TestCheckOfSharedTables(t *testing.T) {
+	f := memfile.New("shared", nil)
+	if err := Create(f, nil, CreateOptions{Size: 100 << 20, ClusterSize: 512}); err != nil {
+		t.Fatal(err)
+	}
+	im := begun(t, f, Options{})
+	if err := im.writeAt(make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := im.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	h := im.Header()
+	first := make([]byte, 8)
+	if err := f.ReadAt(first, h.L1Offset); err != nil {
+		t.Fatal(err)
+	}
+	for i := range h.L1Entries {
+		if err := f.WriteAt(first, h.L1Offset+8*int64(i), false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	reads := 0
+	f.FailRead = func(int64, int64) error { reads++; return nil }
+	r, err := Check(f, h, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if reads > 100 {
+		t.Errorf("%d reads for %d entries that name one table", reads, h.L1Entries)
+	}
+	want := qemuCheck(t, f.Bytes())
+	if got := (qemuReport{r.Corruptions, r.Leaks, 0, r.EndOffset, r.Total, r.Allocated, r.Fragmented, r.Compressed}); got != want {
+		t.Errorf("%+v, qemu-img says %+v\n%v", got, want, r.Findings)
+	}
+}
+
+// Entries of a data file have the flag too.
+func TestCheckOfDataFile(t *testing.T) {
+	f := memfile.New("image", nil)
+	if err := Create(f, memfile.New("data", nil), CreateOptions{Size: 1 << 20, DataFile: "data", DataFileRaw: true}); err != nil {
+		t.Fatal(err)
+	}
+	h, err := ReadHeader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l1 := make([]byte, 8)
+	if err := f.ReadAt(l1, h.L1Offset); err != nil {
+		t.Fatal(err)
+	}
+	l2 := hostOffset(binary.BigEndian.Uint64(l1))
+	if err := f.WriteAt(be64(3<<16), l2+24, false); err != nil { // as it was, without the flag
+		t.Fatal(err)
+	}
+	before, after, err := Mend(f, h, RepairAll, nil)
+	if err != nil || before.Corruptions != 1 || !after.Clean() {
+		t.Errorf("%+v, %+v, %v", before, after, err)
+	}
+	if err := f.ReadAt(l1, l2+24); err != nil || binary.BigEndian.Uint64(l1) != 3<<16|entryCopied {
+		t.Errorf("the entry is %x, %v", l1, err)
 	}
 }

@@ -18,15 +18,14 @@ func (s counts) get(c int64) uint32 {
 	return 0
 }
 
-func (s counts) add(c int64) {
+// add counts n more of a cluster, up to the highest number there is.
+func (s counts) add(c int64, n uint32) {
 	p := s[c/countsPage]
 	if p == nil {
 		p = new([countsPage]uint32)
 		s[c/countsPage] = p
 	}
-	if p[c%countsPage] < 1<<32-1 {
-		p[c%countsPage]++
-	}
+	p[c%countsPage] += min(n, 1<<32-1-p[c%countsPage])
 }
 
 // pages are the numbers of the neighbourhoods, in ascending order.

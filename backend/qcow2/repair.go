@@ -21,7 +21,9 @@ const (
 // Mend checks an image, which nobody else uses, and mends it. before is what
 // was found, after what is left. A crash in between leaves an image that is no
 // worse: a refcount is raised before an entry relies on it and lowered when no
-// table needs it. The header is read anew into h.
+// table needs it. The header is read anew into h. Where a list of what is used,
+// of snapshots or bitmaps, cannot be read, nothing is changed: what only they
+// name would be given away.
 func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (before, after *Report, err error) {
 	c := newChecker(f, h, progress)
 	if err := c.run(); err != nil {
@@ -53,6 +55,10 @@ func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (bef
 }
 
 func (c *checker) mend(what Repair) error {
+	if c.lost {
+		// What seems to be free may be what a snapshot or a bitmap has.
+		return nil
+	}
 	if what == RepairLeaks {
 		if c.r.Leaks == 0 {
 			return nil
@@ -152,7 +158,7 @@ func (c *checker) addBlocks() (bool, error) {
 			if err != nil {
 				return false, err
 			}
-			c.counts.add(host)
+			c.counts.add(host, 1)
 			c.table[index] = uint64(host) << c.g.ClusterBits
 			added = append(added, index)
 			again = true
@@ -214,8 +220,6 @@ func (c *checker) free() (int64, error) {
 // rebuild makes all refcounts anew at the end of the file, and has the header
 // name them then.
 func (c *checker) rebuild() error {
-	c.counts = make(counts)
-	c.r.Findings = nil
 	if err := c.recount(); err != nil {
 		return err
 	}
@@ -250,7 +254,7 @@ func (c *checker) rebuild() error {
 		return fmt.Errorf("the refcounts of %s cannot be made anew: %w", c.f.Path(), err)
 	}
 	for k := range total {
-		c.counts.add(first + k)
+		c.counts.add(first+k, 1)
 	}
 	raw := make([]byte, table<<c.g.ClusterBits)
 	at := first + table
@@ -282,14 +286,9 @@ func (c *checker) rebuild() error {
 // recount counts all but the refcount structures, and finds the flags that do
 // not fit that.
 func (c *checker) recount() error {
-	c.count("header", 0, c.g.ClusterSize())
-	if err := c.walkL1(c.h.L1Offset, c.h.L1Entries, false); err != nil {
-		return err
-	}
-	if err := c.walkSnapshots(); err != nil {
-		return err
-	}
-	if err := c.walkBitmaps(); err != nil {
+	defer func(found Report) { c.r = found }(c.r)
+	c.counts, c.tables = make(counts), make(map[int64]uses)
+	if err := c.countContent(); err != nil {
 		return err
 	}
 	c.copied = nil
