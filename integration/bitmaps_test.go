@@ -114,6 +114,7 @@ func TestBitmapsThatCannotBeExported(t *testing.T) {
 	image := bitmapImage(t, "cluster_size=4k")
 	serveFails(t, 1, []string{"-f", "qcow2", "--bitmap", "none", image}, `bitmap "none"`, "has none of that name", "qemu-img bitmap --add")
 	serveFails(t, 2, []string{"-f", "qcow2", "--bitmap", "b", "--bitmap", "b", image}, `bitmap "b" is named twice`)
+	serveFails(t, 2, []string{"-f", "qcow2", "--bitmap", "b", "--snapshot", "s", image}, "bitmaps are of the active disk")
 	raw := filepath.Join(t.TempDir(), "raw")
 	run(t, "qemu-img", "create", "-q", "-f", "raw", raw, "1M")
 	serveFails(t, 1, []string{"-f", "raw", "--bitmap", "b", raw}, "has none of that name")

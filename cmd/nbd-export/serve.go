@@ -98,6 +98,9 @@ last write or flush failed.`,
 				if i.Snapshot == "" {
 					return usageError{errors.New("serve: --snapshot needs the name or ID of a snapshot")}
 				}
+				if len(i.bitmaps) > 0 {
+					return usageError{errors.New("serve: --bitmap and --snapshot: bitmaps are of the active disk")}
+				}
 				i.ReadOnly = true
 			}
 			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
