@@ -449,6 +449,15 @@ func (o *Owned) Check() error {
 	if !v.active {
 		return nil
 	}
+	err := o.look(v)
+	if _, fenced := errors.AsType[*FencedError](err); fenced {
+		v.freeze() // at once: nobody orders the tables to be written back
+	}
+	return err
+}
+
+// look is Check of a view that is active.
+func (o *Owned) look(v *view) error {
 	v.measure()
 	o.checkName(v)
 	strangers := false

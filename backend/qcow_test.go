@@ -363,6 +363,7 @@ func TestQcowFenced(t *testing.T) {
 	if err := o.Check(); !errors.As(err, &fenced) {
 		t.Fatal(err)
 	}
+	wantErrno(t, write(o, 2<<20, []byte{1}, false), unix.EPERM)
 	was := sumOf(t, path)
 	must(t, o.Abandon())
 	o.PublishInactive()

@@ -132,3 +132,93 @@ func TestQcow2BetweenUsAndQEMU(t *testing.T) {
 		})
 	}
 }
+
+// An owner of a qcow2 image is killed under load, again and again: the next one
+// gets the image at once, with everything that was flushed, and none of what was
+// not is mixed up. At worst clusters are leaked.
+func TestQcow2OwnerIsKilled(t *testing.T) {
+	const blocks, size = 256, 64 << 10
+	dir := tmpfsDir(t)
+	image := makeQcow2(t, dir+"/disk.qcow2", fmt.Sprint(blocks*size), "-o", "cluster_size=16k")
+	seed := soakSeed(t)
+	rnd := rand.New(rand.NewPCG(seed, 1))
+	flushed := make([]byte, blocks) // what block i is full of
+	for round := range 10 {
+		e := serve(t, image, "-f", "qcow2")
+		c, err := client.Dial(t.Context(), e.uri(), client.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, size)
+		for i := range blocks {
+			if _, err := c.ReadAt(got, int64(i)*size); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(got, bytes.Repeat(got[:1], size)) {
+				t.Errorf("round %d: block %d is a mixture", round, i)
+			}
+			if i%2 == 0 && got[0] != flushed[i] {
+				t.Errorf("round %d: block %d has %d, and %d was flushed", round, i, got[0], flushed[i])
+			}
+			flushed[i] = got[0]
+		}
+		// The even ones are flushed, the odd ones are not.
+		write := func(i int) {
+			b := bytes.Repeat([]byte{byte(1 + rnd.IntN(255))}, size)
+			if _, err := c.WriteAt(b, int64(i)*size, false); err != nil {
+				t.Fatal(err)
+			}
+			flushed[i] = b[0]
+		}
+		for range 40 {
+			write(2 * rnd.IntN(blocks/2))
+		}
+		if err := c.Flush(); err != nil {
+			t.Fatal(err)
+		}
+		for range 40 {
+			write(2*rnd.IntN(blocks/2) + 1)
+		}
+		e.kill()
+		c.Close()
+		r := tryRun(t, "qemu-img", "check", "-f", "qcow2", image)
+		if r.code != 0 && r.code != 3 {
+			t.Fatalf("round %d: %s%s", round, r.stdout, r.stderr)
+		}
+	}
+}
+
+// A qcow2 image goes by itself to whose client writes.
+func TestTakeoverQcow2(t *testing.T) {
+	dir := tmpfsDir(t)
+	makeQcow2(t, dir+"/base.qcow2", "16M")
+	image := makeQcow2(t, dir+"/disk.qcow2", "16M", "-b", "base.qcow2", "-F", "qcow2")
+	sides := serveTakeover(t, image, 2, "-f", "qcow2", "--takeover-back")
+	want := make([]byte, 16<<20)
+	for round := range 20 {
+		c, err := client.Dial(t.Context(), sides[round%2].uri(), client.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := bytes.Repeat([]byte{byte(round + 1)}, 50000)
+		off := round * 700001
+		if _, err := c.WriteAt(b, int64(off), false); err != nil {
+			t.Fatal(err)
+		}
+		copy(want[off:], b)
+		got := make([]byte, len(want))
+		if _, err := c.ReadAt(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatalf("round %d: what the other wrote is not all there", round)
+		}
+		c.Close()
+	}
+	for _, e := range sides {
+		e.stop()
+	}
+	if !bytes.Equal(qcow2Content(t, image), want) {
+		t.Error("the image differs")
+	}
+}
