@@ -73,6 +73,7 @@ func inodeOf(st *unix.Stat_t) inode {
 type openHow struct {
 	write, direct bool
 	pages         bool // for an owner: see pageMap
+	overwrites    bool // of an image that is written: see smallFolios
 	faults        faults
 	// known is what the inode was opened as before, or nil. Its descriptor
 	// stays open until the locks are taken.
@@ -170,6 +171,9 @@ func newFile(fd int, path string, how openHow) (f *File, err error) {
 		f.traits, f.peer = k.traits, k
 	} else if err := f.findTraits(&st, how.direct); err != nil {
 		return f, err
+	}
+	if how.overwrites {
+		f.smallFolios()
 	}
 	t := &f.traits
 	f.pages.wanted = how.pages && !t.Direct && (t.coherent || t.BlockDevice)

@@ -62,6 +62,7 @@ func newOwned(f *File, o Options, h faults) *Owned {
 			Rotational:     t.Rotational,
 			CanTrim:        t.trims,
 			CanFastZero:    t.fastZeros,
+			Cached:         !t.Direct && !t.Tmpfs,
 			WriteThrough:   o.Cache == CacheWritethrough,
 		},
 	}

@@ -142,7 +142,7 @@ func (o *Owned) closeInactive(v *view) {
 }
 
 func (o *Owned) how(write bool) openHow {
-	return openHow{write: write, direct: o.opts.Cache == CacheNone, faults: o.faults}
+	return openHow{write: write, direct: o.opts.Cache == CacheNone, overwrites: !o.opts.ReadOnly, faults: o.faults}
 }
 
 // Unsettle undoes Settle: the image stays active. It cannot fail; what closing

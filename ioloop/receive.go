@@ -69,7 +69,11 @@ func (c *conn) process() error {
 	c.next = lookNot
 	err := c.processInput()
 	c.settle()
-	c.unpeek() // if nothing was executed then next is lookNot, and fill waits
+	if err != nil {
+		c.swallow() // closed with bytes unread, TCP would drop replies on their way
+	} else {
+		c.unpeek() // if nothing was executed then next is lookNot, and fill waits
+	}
 	return err
 }
 
