@@ -4,6 +4,8 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend/qcow2"
 )
 
 // bitmapped is a content that can have persistent dirty bitmaps.
@@ -17,8 +19,8 @@ type bitmapped interface {
 var _ bitmapped = (*qcow)(nil)
 
 // Bitmaps are the image's persistent dirty bitmaps. Of an image that is not
-// active they are what its owner stored last, as of when they were first asked
-// for. It reads, and is called under an admission as data methods are.
+// active it tells what is in the file now, and how much is dirty of none. It
+// reads, and is called under an admission as data methods are.
 func (o *Owned) Bitmaps() ([]Bitmap, error) {
 	if b, ok := o.cur.Load().content.(bitmapped); ok {
 		return b.bitmaps()
@@ -36,8 +38,8 @@ func (o *Owned) BitmapStatus(dst []Status, bitmap string, off, n int64, max int)
 
 // bitmaps implements bitmapped.
 func (q *qcow) bitmaps() ([]Bitmap, error) {
-	if err := q.followOwner(); err != nil {
-		return nil, err
+	if !q.active {
+		return q.storedBitmaps()
 	}
 	infos, err := q.disk.BitmapInfos()
 	if err != nil {
@@ -50,13 +52,33 @@ func (q *qcow) bitmaps() ([]Bitmap, error) {
 	return all, nil
 }
 
-// bitmapStatus implements bitmapped.
+// storedBitmaps reads them anew.
+func (q *qcow) storedBitmaps() ([]Bitmap, error) {
+	if err := q.file.follow(); err != nil {
+		return nil, err
+	}
+	h, err := qcow2.ReadHeader(q.file)
+	if err != nil || !h.HasBitmaps() {
+		return nil, err
+	}
+	entries, err := qcow2.Bitmaps(q.file, h)
+	var all []Bitmap
+	for _, e := range entries {
+		all = append(all, Bitmap{Name: e.Name, Granularity: 1 << e.Granularity, Auto: e.Auto, Inconsistent: e.InUse})
+	}
+	return all, err
+}
+
+// bitmapStatus implements bitmapped. Of a view that is not the owner's it tells
+// what was in the file when it was first asked.
 func (q *qcow) bitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error) {
 	if err := q.within("status", off, n); err != nil {
 		return dst, err
 	}
-	if err := q.followOwner(); err != nil {
-		return dst, err
+	if !q.active {
+		if err := q.file.follow(); err != nil {
+			return dst, err
+		}
 	}
 	err := q.disk.DirtyRuns(bitmap, off, n, func(n int64, dirty bool) bool {
 		var flags StatusFlags
@@ -68,13 +90,4 @@ func (q *qcow) bitmapStatus(dst []Status, bitmap string, off, n int64, max int) 
 		return max > 0
 	})
 	return dst, err
-}
-
-// followOwner lets a view that is not the owner's read what its owner has added
-// to the file.
-func (q *qcow) followOwner() error {
-	if q.active {
-		return nil
-	}
-	return q.file.follow()
 }

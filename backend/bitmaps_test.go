@@ -10,7 +10,7 @@ import (
 
 func TestBitmapsOfOwned(t *testing.T) {
 	path := makeQcow(t, t.TempDir(), "1M")
-	qemuImg(t, "bitmap", "--add", "-g", "4k", path, "b")
+	qemuImg(t, "bitmap", "--add", "-g", "4k", path, "a")
 	o := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
 	wantStatus := func(want ...Status) {
 		t.Helper()
@@ -20,16 +20,23 @@ func TestBitmapsOfOwned(t *testing.T) {
 			t.Errorf("%v, want %v", got, want)
 		}
 	}
-	all, err := o.Bitmaps()
-	must(t, err)
-	if !slices.Equal(all, []Bitmap{{Name: "b", Granularity: 4096, Auto: true}}) {
-		t.Errorf("%+v", all)
+	// Somebody else makes another one.
+	qemuImg(t, "bitmap", "--remove", path, "a")
+	qemuImg(t, "bitmap", "--add", "-g", "4k", path, "b")
+	wantBitmaps := func(dirty int64) {
+		t.Helper()
+		all, err := o.Bitmaps()
+		must(t, err)
+		if !slices.Equal(all, []Bitmap{{Name: "b", Granularity: 4096, Auto: true, Dirty: dirty}}) {
+			t.Errorf("%+v", all)
+		}
 	}
-	wantStatus(Status{Length: 1 << 20})
+	wantBitmaps(0)
 	for range 2 { // each ownership goes on where the last one has ended
 		must(t, activate(o, false))
 		must(t, write(o, 8192, make([]byte, 100), false))
 		wantStatus(Status{Length: 8192}, Status{4096, StatusDirty}, Status{Length: 1<<20 - 12288})
+		wantBitmaps(4096)
 		if got, err := o.BitmapStatus(nil, "b", 0, 1<<20, 1); err != nil || len(got) != 1 {
 			t.Errorf("one was asked for: %v, %v", got, err)
 		}
@@ -40,7 +47,8 @@ func TestBitmapsOfOwned(t *testing.T) {
 			t.Errorf("qemu-img info:\n%s", info)
 		}
 	}
-	_, err = o.BitmapStatus(nil, "none", 0, 1, 1)
+	wantBitmaps(0)
+	_, err := o.BitmapStatus(nil, "none", 0, 1, 1)
 	wantErrno(t, err, unix.ENOENT)
 	_, err = o.BitmapStatus(nil, "b", 1<<20-1, 2, 1)
 	wantErrno(t, err, unix.EIO)

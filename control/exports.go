@@ -138,7 +138,8 @@ func blockExportFields() fields {
 }
 
 // blockExportAdd makes an export. Checks come in QEMU's order (blk_exp_add,
-// nbd_export_create), but all before the image is activated.
+// nbd_export_create), but all before the image is activated, except those of
+// bitmaps.
 func (s *session) blockExportAdd(a args) (any, error) {
 	r, n := s.server.cfg.Registry, s.server.cfg.NBD
 	node := arg[string](a, "node-name")
@@ -149,6 +150,7 @@ func (s *session) blockExportAdd(a args) (any, error) {
 		},
 		node: node, gone: make(chan struct{}),
 	}
+	wanted := arg[[]bitmap](a, "bitmaps")
 	inactive := arg[bool](a, "allow-inactive")
 	e.pinned = !inactive && e.Writable // as blk_can_inactivate
 	if !wellFormed(e.ID) {
@@ -165,13 +167,16 @@ func (s *session) blockExportAdd(a args) (any, error) {
 	if err := checkNames(e, n); err != nil {
 		return nil, err
 	}
-	if err := checkContents(r, t, e, a); err != nil {
+	if err := checkContents(t, e, a); err != nil {
 		return nil, err
+	}
+	if err := export.CheckBitmaps(bitmapNames(wanted)); err != nil {
+		return nil, generic("%v", err)
 	}
 	e.target = t
 	e.served = &export.Export{
 		Name: e.Name, Description: e.Description, Disk: t.Disk, ReadOnly: !e.Writable,
-		WriteThrough: arg[bool](a, "writethrough"),
+		Bitmaps: bitmapNames(wanted), WriteThrough: arg[bool](a, "writethrough"),
 	}
 	if err := r.claimExport(e); err != nil {
 		return nil, err
@@ -182,6 +187,10 @@ func (s *session) blockExportAdd(a args) (any, error) {
 			return nil, err
 		}
 		t.setFileActive(false) // the machine has it from here on
+	}
+	if err := checkExportBitmaps(r, t, e.Writable, wanted); err != nil {
+		r.dropExport(e)
+		return nil, err
 	}
 	if err := n.add(e.served, func() { r.exportReady(e) }); err != nil {
 		r.dropExport(e)
@@ -224,22 +233,12 @@ func checkNames(e *blockExport, n *NBD) error {
 	return nil
 }
 
-func checkContents(r *Registry, t *Target, e *blockExport, a args) error {
+func checkContents(t *Target, e *blockExport, a args) error {
 	if e.Writable && t.readOnly() {
 		return generic("Block node is read-only")
 	}
-	if list := arg[[]bitmap](a, "bitmaps"); len(list) > 0 {
-		switch b := list[0]; {
-		case b.node == "":
-			return generic("Bitmap '%s' is not found", b.name)
-		case r.target(b.node) == nil:
-			return generic("Node '%s' not found", b.node)
-		default:
-			return generic("Dirty bitmap '%s' not found", b.name)
-		}
-	}
 	if arg[bool](a, "allocation-depth") {
-		return generic("Parameter 'allocation-depth' is not supported: nbd-export has base:allocation only")
+		return generic("Parameter 'allocation-depth' is not supported: nbd-export does not tell how deep in a chain data is")
 	}
 	return nil
 }

@@ -36,6 +36,8 @@ type graph struct {
 	gone   map[string]bool // cannot be opened any more
 	moved  map[string]bool // another file is there
 	opened []backend.Options
+
+	bitmaps map[string][]backend.Bitmap // of images
 }
 
 func newGraph(t *testing.T) *graph {
@@ -585,3 +587,5 @@ func TestIdentifyFileNode(t *testing.T) {
 	g.talk(`blockdev-add {"driver":"raw","node-name":"r","file":"f","active":false}`, "ok")
 	want("")
 }
+
+func (s *sized) Bitmaps() ([]backend.Bitmap, error) { return s.g.bitmaps[s.info.Path], nil }

@@ -49,15 +49,15 @@ type bitmap struct {
 	changed atomic.Bool
 }
 
-// hasBitmaps reports whether the image has bitmaps that can be told to fit it.
-func (h *Header) hasBitmaps() bool {
+// HasBitmaps reports whether the image has bitmaps that can be told to fit it.
+func (h *Header) HasBitmaps() bool {
 	return h.Bitmaps != nil && h.Autoclear&BitmapsConsistent != 0
 }
 
 // readDirectory reads the directory, once. The caller holds bitmaps.mu.
 func (im *Image) readDirectory() error {
 	bs := &im.bitmaps
-	if bs.read || !im.h.hasBitmaps() {
+	if bs.read || !im.h.HasBitmaps() {
 		return nil
 	}
 	entries, raw, err := readBitmaps(im.f, im.h)
@@ -164,7 +164,7 @@ func (im *Image) beginBitmaps() error {
 	defer bs.mu.Unlock()
 	// What was read before may be older than the locks.
 	bs.read, bs.raw, bs.all, bs.auto, bs.memory = false, nil, nil, nil, 0
-	if im.h.Bitmaps != nil && !im.h.hasBitmaps() {
+	if im.h.Bitmaps != nil && !im.h.HasBitmaps() {
 		im.opts.Warn(im.damaged("a program that does not know its bitmaps has changed it, so they are not used any more").Error())
 	}
 	if err := im.readDirectory(); err != nil {

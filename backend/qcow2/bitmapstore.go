@@ -205,7 +205,7 @@ func (im *Image) bitmapClusters(b *bitmap) []hostRange {
 // addBitmaps adds the directory, and the tables and bits of all bitmaps, which
 // beginBitmaps has read.
 func (im *Image) addBitmaps(add func(string, int, int64, int64) error) error {
-	if !im.h.hasBitmaps() {
+	if !im.h.HasBitmaps() {
 		return nil
 	}
 	if err := add("the bitmap directory", 0, im.h.Bitmaps.DirectoryOffset, im.h.Bitmaps.DirectorySize); err != nil {

@@ -44,7 +44,8 @@ type startOrder struct{ flag, command, options string }
 type imageOptions struct {
 	backend.Options
 	name, description string
-	inactive          bool // serve without ownership
+	bitmaps           []string // that are exported with it
+	inactive          bool     // serve without ownership
 	demand            demandOptions
 }
 
@@ -174,7 +175,12 @@ func (d *daemon) add(opt imageOptions) error {
 	target.Export = control.Export{
 		ID: fmt.Sprintf("export%d", index), Name: opt.name, Description: opt.description, Writable: !opt.ReadOnly,
 	}
-	target.Served = &export.Export{Name: opt.name, Description: opt.description, Disk: target.Disk, ReadOnly: opt.ReadOnly}
+	target.Served = &export.Export{
+		Name: opt.name, Description: opt.description, Disk: target.Disk, ReadOnly: opt.ReadOnly, Bitmaps: opt.bitmaps,
+	}
+	if err := target.CheckBitmaps(opt.bitmaps, !opt.inactive && !opt.ReadOnly); err != nil {
+		return errors.Join(err, state.Stop(target.Machine))
+	}
 	if err := d.registry.Add(target); err != nil {
 		return errors.Join(err, state.Stop(target.Machine))
 	}

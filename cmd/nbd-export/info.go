@@ -72,7 +72,7 @@ prints. With --backing-chain it is an array, the image itself first.`,
 }
 
 func allowBackingFlag(cmd *cobra.Command, dirs *[]string) {
-	cmd.Flags().StringArrayVar(dirs, "allow-backing", nil, "backing and data files may also be in `DIR`, beside the image's own directory")
+	cmd.Flags().StringArrayVar(dirs, "allow-backing", nil, "backing and data files of qcow2 images may also be in `DIR`, beside the image's own directory")
 	_ = cmd.MarkFlagDirname("allow-backing")
 }
 

@@ -55,10 +55,9 @@ func (p *processFlags) addRest(cmd *cobra.Command) {
 // addQcow2 adds the flags of qcow2 images.
 func (p *processFlags) addQcow2(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringArrayVar(&p.allowBacking, "allow-backing", nil, "backing and data files of qcow2 images may also be in `DIR`, beside the image's own directory")
+	allowBackingFlag(cmd, &p.allowBacking)
 	f.Var(&p.l2Cache, "l2-cache-size", "`SIZE` of the tables of a qcow2 image kept in memory; 1/8192 of the disk, with clusters of 64 KiB, covers all of it")
 	p.repair.addTo(cmd, "repair-on-activate", "", "repair a qcow2 image whose last owner died, or refuse to activate it")
-	_ = cmd.MarkFlagDirname("allow-backing")
 }
 
 // settle checks the flags and puts them into d. An error is wrong usage.

@@ -77,7 +77,7 @@ last write or flush failed.`,
 			if err != nil {
 				return err
 			}
-			if err := export.CheckNames(i.name, i.description); err != nil {
+			if err := errors.Join(export.CheckNames(i.name, i.description), export.CheckBitmaps(i.bitmaps)); err != nil {
 				return usageError{fmt.Errorf("serve: %w", err)}
 			}
 			switch {
@@ -98,6 +98,9 @@ last write or flush failed.`,
 				if i.Snapshot == "" {
 					return usageError{errors.New("serve: --snapshot needs the name or ID of a snapshot")}
 				}
+				if len(i.bitmaps) > 0 {
+					return usageError{errors.New("serve: --bitmap and --snapshot: bitmaps are of the active disk")}
+				}
 				i.ReadOnly = true
 			}
 			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
@@ -116,6 +119,7 @@ last write or flush failed.`,
 	f.StringVarP(&i.name, "export-name", "x", "", "`NAME` of the export")
 	f.StringVarP(&i.description, "description", "D", "", "`TEXT` that describes the export")
 	format.addTo(cmd, "format", "f", "`FMT` of the image")
+	f.StringArrayVar(&i.bitmaps, "bitmap", nil, "export dirty bitmap `NAME` of a qcow2 image as qemu:dirty-bitmap:NAME; may be given more than once")
 	f.BoolVarP(&i.ReadOnly, "read-only", "r", false, "never write to the image")
 	f.BoolVar(&i.inactive, "inactive", false, "start without ownership: any number of exporters may")
 	i.demand.addTo(cmd)
