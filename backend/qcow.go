@@ -83,6 +83,15 @@ func (q *qcowFormat) view(f *File, active bool) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
+	if active {
+		// Tables take 1/8000 of the disk with clusters of 64 KiB.
+		size := disk.Size()
+		for _, f := range c.files {
+			if f.writable {
+				f.Expect(size + size/64 + 64<<20)
+			}
+		}
+	}
 	v := &qcow{qcowFormat: q, disk: disk, file: f, all: c.files, active: active}
 	v.size.Store(disk.Size())
 	v.about = newQcowInfo(disk.Header(), c.links[1:])
