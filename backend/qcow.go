@@ -247,6 +247,24 @@ func (q *qcow) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	return nil
 }
 
+// prepareUnseen is Owned.PrepareUnseen. What is in pieces is not received in
+// place.
+func (q *qcow) prepareUnseen(p *Plan, off, n int64) error {
+	if err := q.within("write", off, n); err != nil {
+		return err
+	}
+	d := plan(p)
+	if err := q.disk.Prepare(d, off, n, 0); err != nil {
+		return wrap(err)
+	}
+	if len(d.Extents) != 1 {
+		q.disk.Abort(d)
+		return ErrWait
+	}
+	fill(p, d)
+	return nil
+}
+
 // Commit implements content.
 func (q *qcow) Commit(p *Plan) (durable bool, err error) { return q.disk.Commit(plan(p)) }
 
