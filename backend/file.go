@@ -41,7 +41,8 @@ type File struct {
 	sizing sync.Mutex // before ranges.mu
 	length int64      // at load, or as Resize made it; sizing
 
-	place []byte // a map of the whole file, or nil; see Place
+	place  []byte // a map of the whole file, or nil; see Place
+	expect int64  // how long that is at least, see Expect
 
 	ranges ranges
 	syncer syncer

@@ -125,7 +125,10 @@ func (o *Owned) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 // PrepareUnseen implements Receiver.
 func (o *Owned) PrepareUnseen(p *Plan, off, n int64) error {
 	p.view = o.cur.Load()
-	if c, ok := p.view.content.(*raw); ok {
+	switch c := p.view.content.(type) {
+	case *raw:
+		return c.prepareUnseen(p, off, n)
+	case *qcow:
 		return c.prepareUnseen(p, off, n)
 	}
 	return ErrWait

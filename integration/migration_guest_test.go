@@ -132,6 +132,23 @@ var imageFormats = []imageFormat{
 		content: func(_ testing.TB, image string) string { return image },
 		check:   func(testing.TB, string) {},
 	},
+	{
+		name: "qcow2",
+		create: func(t testing.TB, dir, raw string) string {
+			image := filepath.Join(dir, "disk.qcow2")
+			run(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image)
+			if err := os.Remove(raw); err != nil {
+				t.Fatal(err)
+			}
+			return image
+		},
+		content: func(t testing.TB, image string) string {
+			raw := filepath.Join(t.TempDir(), "content")
+			run(t, "qemu-img", "convert", "-U", "-f", "qcow2", "-O", "raw", image, raw) // it may have an owner
+			return raw
+		},
+		check: func(t testing.TB, image string) { run(t, "qemu-img", "check", "-q", "-f", "qcow2", image) },
+	},
 }
 
 // migrateImage makes the image that the guest's script expects.
