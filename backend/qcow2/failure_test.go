@@ -101,7 +101,7 @@ func TestEveryFailedCallCanBeDoneAgain(t *testing.T) {
 	for name, open := range failing {
 		t.Run(name, func(t *testing.T) {
 			calls := 0
-			for fails := 1; ; fails++ {
+			for fails := 1; ; fails += stride {
 				f := open(t)
 				im := opened(t, f, Options{L2Cache: 1, Warn: func(string) {}})
 				im.alloc.least = 0
@@ -147,7 +147,7 @@ func TestEveryFailedCallCanBeDoneAgain(t *testing.T) {
 func TestFailedReadsOfTables(t *testing.T) {
 	for name, open := range failing {
 		t.Run(name, func(t *testing.T) {
-			for fails := 1; ; fails++ {
+			for fails := 1; ; fails += stride {
 				f := open(t)
 				im := opened(t, f, Options{L2Cache: 1, Warn: func(string) {}})
 				im.alloc.least = 0
@@ -182,7 +182,7 @@ func TestFailedReadsOfTables(t *testing.T) {
 func TestFailedSync(t *testing.T) {
 	for name, open := range failing {
 		t.Run(name, func(t *testing.T) {
-			for fails := 1; ; fails++ {
+			for fails := 1; ; fails += stride {
 				f := open(t)
 				im := opened(t, f, Options{Warn: func(string) {}})
 				im.alloc.least = 0
