@@ -19,7 +19,7 @@ export NBD_EXPORT_HOOKED := $(CURDIR)/$(HOOKED)
 FUZZTIME ?= 5s
 SOAK     ?= 5m
 
-.PHONY: all build hooked demo test peers lint cross unit race fuzz integration soak model bench bench-quick clean
+.PHONY: all build hooked demo test peers lint cross unit race fuzz integration soak model bench bench-part bench-quick clean
 
 all: build
 
@@ -93,6 +93,12 @@ model:
 bench: peers build
 	$(GO) build -o bin/compare ./bench/compare
 	bin/compare $(BENCHFLAGS)
+
+# The same in parts, for a machine that is not free for so long: cells whose ids
+# match CELLS (bin/compare -list), beside what other parts have measured.
+bench-part: peers build
+	$(GO) build -o bin/compare ./bench/compare
+	bin/compare -onto bin/bench/parts.json -cells '$(CELLS)' $(BENCHFLAGS)
 
 # Under three minutes; writes below bin/ and decides nothing.
 bench-quick: peers build

@@ -130,6 +130,8 @@ type Info struct {
 	// Mapped: where a write goes stands in tables, which Commit may leave to be
 	// made durable by a Flush.
 	Mapped bool
+	// Cached: what is read comes from the page cache, so Cache may be of use.
+	Cached bool
 	// WriteThrough: every write, discard and zeroing is to be durable when it
 	// is acknowledged. The image does not see to that: its caller treats each
 	// as one with FUA.

@@ -41,14 +41,20 @@ type File struct {
 	sizing sync.Mutex // before ranges.mu
 	length int64      // at load, or as Resize made it; sizing
 
-	place []byte // a map of the whole file, or nil; see Place
+	place  []byte // a map of the whole file, or nil; see Place
+	expect int64  // how long that is at least, see Expect
 
 	ranges ranges
 	syncer syncer
-	pages  pageMap
+	// dirty: something was written through this description, or may not have
+	// been on the disk when it was opened. Whoever writes says so when the write
+	// has ended, with dirtied, before it is acknowledged.
+	dirty atomic.Bool
+	pages pageMap
 
 	noPunch, noZeroRange, noDsync atomic.Bool // found not supported
 
+	peer   *File      // another description of the inode until the locks are taken, or nil
 	held   []lockByte // bytes locked on fd and tailFd
 	listed bool       // the kernel lists them in fdinfo
 	faults faults
@@ -68,7 +74,11 @@ func inodeOf(st *unix.Stat_t) inode {
 type openHow struct {
 	write, direct bool
 	pages         bool // for an owner: see pageMap
+	overwrites    bool // of an image that is written: see smallFolios
 	faults        faults
+	// known is what the inode was opened as before, or nil. Its descriptor
+	// stays open until the locks are taken.
+	known *File
 }
 
 func (h openHow) flags() int {
@@ -137,6 +147,7 @@ func reopenFd(fd int, path string, id inode, op sysop, how openHow) (int, error)
 // newFile takes fd, which it closes on failure.
 func newFile(fd int, path string, how openHow) (f *File, err error) {
 	f = &File{fd: fd, tailFd: -1, path: path, writable: how.write, faults: how.faults}
+	f.dirty.Store(true) // by others, as far as is known
 	defer func() {
 		if err != nil {
 			f.Close()
@@ -156,13 +167,26 @@ func newFile(fd int, path string, how openHow) (f *File, err error) {
 		}
 	}
 	f.id = inodeOf(&st)
-	if err := f.findTraits(&st, how.direct); err != nil {
+	if k := how.known; k != nil && k.id == f.id && k.keeps() && !how.direct {
+		// What an inode allows was found when k was opened.
+		f.traits, f.peer = k.traits, k
+	} else if err := f.findTraits(&st, how.direct); err != nil {
 		return f, err
+	}
+	if how.overwrites {
+		f.smallFolios()
 	}
 	t := &f.traits
 	f.pages.wanted = how.pages && !t.Direct && (t.coherent || t.BlockDevice)
-	return f, f.load()
+	if t.BlockDevice {
+		return f, f.load()
+	}
+	return f, f.sized(st.Size)
 }
+
+// keeps reports whether what was found of the file holds as long as it is
+// open: it lies on a file system that this kernel has alone.
+func (f *File) keeps() bool { return f.fd >= 0 && f.traits.coherent }
 
 // deadFile stands for a file that cannot be opened: I/O fails with EIO.
 func deadFile(path string, id inode) *File {
@@ -177,8 +201,13 @@ func (f *File) load() error {
 	if err != nil {
 		return err
 	}
+	return f.sized(size)
+}
+
+// sized makes I/O go by the size that the file was found to have.
+func (f *File) sized(size int64) error {
 	f.size = size
-	err = f.setLength(size)
+	err := f.setLength(size)
 	f.mapPlace()
 	return err
 }

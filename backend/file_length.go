@@ -45,12 +45,14 @@ func (f *File) Resize(length int64) error {
 }
 
 func (f *File) truncate(length int64) error {
-	return retry(func() error {
+	err := retry(func() error {
 		if err := f.faults.check(opTruncate, length); err != nil {
 			return err
 		}
 		return unix.Ftruncate(f.fd, length)
 	})
+	f.dirtied()
+	return err
 }
 
 // remeasure looks at the file's size: where it has shrunk, writes end at its

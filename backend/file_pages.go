@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"errors"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -24,80 +23,71 @@ type pageMap struct {
 	// would be pinned by a map, and a hole of somebody else's file filled.
 	wanted bool
 
-	cur atomic.Pointer[mapping] // nil before the first use
-
-	mu     sync.Mutex // leaf
-	failed bool       // not for mapping, or too large for the address space
-}
-
-// mapping maps the first length bytes of a file, of which the file may have
-// less: what it has not is in no page cache.
-type mapping struct {
-	base   *byte
-	length int64
-	older  *mapping // shorter, and still in use
+	base   atomic.Pointer[byte] // nil before the first use, and if mapping failed
+	once   sync.Once
+	length int64 // bytes that are mapped, when base is not nil
 }
 
 // Pages is [off, off+n) of the file's map, if all of it is in the page cache,
 // and so no hole; otherwise the answer is nil. The bytes are for system calls
 // only: see pageMap. They may leave the cache at any time, and then touching
-// them waits for the disk. They stay mapped as long as the file is open. It
-// does not wait, and allocates only where it maps.
+// them waits for the disk; whether the file reaches to the end of the last page
+// is for Reaches to say. They stay mapped as long as the file is open. It
+// neither waits nor allocates.
 func (f *File) Pages(off, n int64) []byte {
-	if !f.pages.wanted || n <= 0 || off < 0 {
+	m := &f.pages
+	if !m.wanted {
 		return nil
 	}
-	m := f.pages.cur.Load()
-	if m == nil || off > m.length-n {
-		if m = f.mapPages(off, n); m == nil {
+	base := m.base.Load()
+	if base == nil {
+		m.once.Do(f.mapPages)
+		if base = m.base.Load(); base == nil {
 			return nil
 		}
 	}
-	if f.faults.check(opTryRead, off) != nil || !f.cached(m, off, n) {
+	if n <= 0 || off < 0 || off > m.length-n || f.faults.check(opTryRead, off) != nil || !f.cached(off, n) {
 		return nil
 	}
-	return unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(m.base), off)), n)
+	return unsafe.Slice((*byte)(unsafe.Add(unsafe.Pointer(base), off)), n)
 }
 
-// mapPages maps what the file has, and as much again if it is longer than what
-// was mapped before: a file that grows is mapped a few times in its life.
-func (f *File) mapPages(off, n int64) *mapping {
-	p := &f.pages
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	m, length := p.cur.Load(), f.Length()
-	switch {
-	case m != nil && off <= m.length-n:
-		return m // another did it
-	case p.failed || off > length-n:
-		return nil
-	case m != nil:
-		length *= 2
+// mapAhead is how far past its present end a regular file is mapped, in bytes:
+// images of some formats grow. Addresses cost nothing until there are pages.
+const mapAhead = 1 << 38
+
+func (f *File) mapPages() {
+	length := f.size
+	if !f.traits.BlockDevice {
+		length += mapAhead
 	}
-	base, err := unix.MmapPtr(f.fd, 0, nil, uintptr(length), unix.PROT_READ, unix.MAP_SHARED)
+	p, err := unix.MmapPtr(f.fd, 0, nil, uintptr(length), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil { // more than this process may have, perhaps
+		length = f.size
+		p, err = unix.MmapPtr(f.fd, 0, nil, uintptr(length), unix.PROT_READ, unix.MAP_SHARED)
+	}
 	if err != nil {
-		p.failed = true
-		return nil
+		return // too large for the address space, or not for mapping
 	}
-	m = &mapping{(*byte)(base), length, m}
-	p.cur.Store(m)
-	return m
+	f.pages.length = length
+	f.pages.base.Store((*byte)(p))
 }
 
 // trimPages takes the pages off the map, which fills again as it is used:
 // unmapping a GiB of 4 KiB pages takes 30 ms, and is not for the moment when
 // nobody owns the image.
 func (f *File) trimPages() {
-	for m := f.pages.cur.Load(); m != nil; m = m.older {
-		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(unsafe.Pointer(m.base)), uintptr(m.length), unix.MADV_DONTNEED)
+	if base := f.pages.base.Load(); base != nil {
+		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(unsafe.Pointer(base)), uintptr(f.pages.length), unix.MADV_DONTNEED)
 	}
 }
 
-func (f *File) unmapPages() (err error) {
-	for m := f.pages.cur.Swap(nil); m != nil; m = m.older {
-		err = errors.Join(err, unix.MunmapPtr(unsafe.Pointer(m.base), uintptr(m.length)))
+func (f *File) unmapPages() error {
+	base := f.pages.base.Swap(nil)
+	if base == nil {
+		return nil
 	}
-	return err
+	return unix.MunmapPtr(unsafe.Pointer(base), uintptr(f.pages.length))
 }
 
 // Reaches reports whether the file still has [0, end). A page that is only
@@ -119,7 +109,7 @@ var noCachestat atomic.Bool
 //
 // cachestat takes 0.16 to 0.2 us for 4 KiB and 0.3 for 64 KiB, mincore, which
 // looks at the map, 0.36 to 0.56 for 4 KiB.
-func (f *File) cached(m *mapping, off, n int64) bool {
+func (f *File) cached(off, n int64) bool {
 	first, last := off/pageSize, (off+n-1)/pageSize
 	pages := uint64(last - first + 1)
 	if !noCachestat.Load() {
@@ -136,7 +126,7 @@ func (f *File) cached(m *mapping, off, n int64) bool {
 	if !f.writable {
 		return false
 	}
-	base := uintptr(unsafe.Pointer(m.base))
+	base := uintptr(unsafe.Pointer(f.pages.base.Load()))
 	for first <= last {
 		var in [256]byte
 		n := min(last-first+1, int64(len(in)))

@@ -37,17 +37,26 @@ func (f *File) WriteAfterFault(p []byte, off int64) error {
 	return f.WriteAt(p, off, false)
 }
 
-// mapPlace maps the file, as long as size says, if Place is for it. Without a
-// map all works as well, only slower.
+// Expect has the map for Place reach to length, as the file may become that long
+// while it is used; what lies beyond is written. That takes address space and
+// nothing else. Nothing else may use the file at that time.
+func (f *File) Expect(length int64) {
+	f.expect = length
+	f.mapPlace()
+}
+
+// mapPlace maps the file, as long as it is and is expected to become, if Place
+// is for it. Without a map all works as well, only slower.
 func (f *File) mapPlace() {
-	if int64(len(f.place)) == f.size {
+	length := max(f.size, f.expect)
+	if int64(len(f.place)) == length {
 		return
 	}
 	f.unmapPlace()
 	if !f.writable || !f.traits.Tmpfs || f.faults != nil || f.size == 0 {
 		return
 	}
-	if b, err := unix.Mmap(f.fd, 0, int(f.size), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
+	if b, err := unix.Mmap(f.fd, 0, int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
 		f.place = b
 	}
 }

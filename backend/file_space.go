@@ -159,6 +159,17 @@ func (f *File) writeZeros(off, n int64) error {
 	return nil
 }
 
+// smallFolios asks that reading does not fill the page cache with large folios.
+// To overwrite 4 KiB in one of 2 MiB, as readahead makes them, ext4 looks at each
+// of its 512 blocks. Cached 4 KiB writes at depth 32 through the server (Linux
+// 6.18, two cores): 68k/s at 15 us of processor time, and so 311k/s at 3.2. The
+// price is the kernel's readahead, and some more pages to count for large reads.
+func (f *File) smallFolios() {
+	if t := &f.traits; t.coherent && !t.Tmpfs && !t.Direct {
+		_ = unix.Fadvise(f.fd, 0, 0, unix.FADV_RANDOM) // a hint
+	}
+}
+
 // Readahead asks for the range to be read into the page cache; a hint.
 func (f *File) Readahead(off, n int64) error {
 	if f.traits.Direct {

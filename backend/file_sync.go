@@ -97,6 +97,25 @@ func (f *File) Sync() error {
 	return r.err
 }
 
+// dirtied notes that something was written, or that it may have been. That is
+// looked at when the file is let go, so it is never taken back.
+func (f *File) dirtied() {
+	if !f.dirty.Load() {
+		f.dirty.Store(true)
+	}
+}
+
+// settle is Sync at the end of an ownership, with no write under way. It does
+// nothing if nothing was written through this description, and nothing was
+// dirty when it was opened: an fdatasync of a file that ext4 has nothing to write of flushes the
+// disk's cache all the same, which took 0.3 ms.
+func (f *File) settle() error {
+	if f.dirty.Load() {
+		return f.Sync()
+	}
+	return f.syncer.failed()
+}
+
 func (f *File) fdatasync() error {
 	return retry(func() error {
 		if err := f.faults.check(opSync, 0); err != nil {

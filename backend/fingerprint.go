@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -20,6 +21,26 @@ type filePrint struct {
 	id           inode
 	size         int64
 	mtime, ctime unix.Timespec
+}
+
+func printOf(st *unix.Stat_t) filePrint {
+	return filePrint{id: inodeOf(st), size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+}
+
+// String is all of it but which file it is of.
+func (p filePrint) String() string {
+	b := make([]byte, 0, 96)
+	b = strconv.AppendInt(append(b, "size "...), p.size, 10)
+	b = appendTime(append(b, ", mtime "...), p.mtime)
+	b = appendTime(append(b, ", ctime "...), p.ctime)
+	return string(b)
+}
+
+func appendTime(b []byte, t unix.Timespec) []byte {
+	b = strconv.AppendInt(b, t.Sec, 10)
+	nsec := strconv.AppendInt(nil, 1e9+t.Nsec, 10)
+	nsec[0] = '.'
+	return append(b, nsec...)
 }
 
 // fingerprint of the image as it is now, or nil if it cannot be had.
@@ -49,7 +70,7 @@ func (f *File) fingerprint() (filePrint, error) {
 		size, err := f.currentSize()
 		return filePrint{id: f.id, size: size}, err
 	}
-	return filePrint{id: f.id, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}, nil
+	return printOf(&st), nil
 }
 
 // ModifiedError says that the image is not as this process left it.

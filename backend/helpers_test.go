@@ -95,6 +95,10 @@ func openTest(t testing.TB, path string, how openHow) *File {
 	return f
 }
 
+// asOnNetwork has nothing taken for granted that was found of the image's file,
+// nor its inactive description kept, as on a network file system.
+func asOnNetwork(r *Owned) { r.cur.Load().file.traits.coherent, r.record.near = false, false }
+
 func openImage(t testing.TB, o Options, h faults) *Owned {
 	t.Helper()
 	if o.Format == "" {
@@ -126,6 +130,7 @@ func activate(r *Owned, ifUnchanged bool) error {
 	}
 	r.PublishActive()
 	r.Retire()
+	r.record.tidying.Wait()
 	return nil
 }
 

@@ -141,23 +141,37 @@ func (f *File) lock(s lockSet) error {
 	if err := s.each(lockForbids, s.forbids, take); err != nil {
 		return err
 	}
-	if err := s.each(lockForbids, s.uses, test); err != nil {
-		return err
+	// One look at all bytes finds out what mostly is so: nobody else has any.
+	others, err := f.rangeHeldElsewhere(f.fd, lockUses, lockForbids-lockUses+lockByte(len(permNames)))
+	if err != nil {
+		return noLocks(f.path, err)
 	}
-	if err := s.each(lockUses, s.forbids, test); err != nil {
-		return err
+	if others {
+		if err := s.each(lockForbids, s.uses, test); err != nil {
+			return err
+		}
+		if err := s.each(lockUses, s.forbids, test); err != nil {
+			return err
+		}
 	}
 	// Some file systems take locks and never compare them.
-	seen, err := f.locksSeen()
+	var seen bool
+	if f.peer != nil {
+		seen, err = f.seenFrom(f.peer.fd)
+	} else {
+		seen, err = f.locksSeen()
+	}
 	if err == nil && !seen {
 		err = fmt.Errorf("two openers do not conflict: %w", unix.ENOLCK)
 	}
 	if err != nil {
 		return noLocks(f.path, err)
 	}
-	// Where the server keeps the locks (FUSE) the kernel does not list them.
-	lists, err := f.listsHeld(f.fd)
-	f.listed = err == nil && lists
+	if !f.listed {
+		// Where the server keeps the locks (FUSE) the kernel does not list them.
+		lists, err := f.listsHeld(f.fd)
+		f.listed = err == nil && lists
+	}
 	return nil
 }
 
@@ -183,8 +197,11 @@ func (f *File) locksSeen() (bool, error) {
 		return false, f.fail("open again", err)
 	}
 	defer unix.Close(fd)
-	return f.heldElsewhere(fd, lockForbids+1)
+	return f.seenFrom(fd)
 }
+
+// seenFrom is locksSeen for another description that is open already.
+func (f *File) seenFrom(fd int) (bool, error) { return f.heldElsewhere(fd, lockForbids+1) }
 
 // locksKept reports whether f still has the locks it took. What its own
 // descriptions hold is in fdinfo, whoever else holds the same bytes; where
@@ -321,8 +338,11 @@ func (f *File) unlock(fd int) {
 }
 
 // heldElsewhere reports whether a description other than fd's holds b.
-func (f *File) heldElsewhere(fd int, b lockByte) (bool, error) {
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: int64(b), Len: 1}
+func (f *File) heldElsewhere(fd int, b lockByte) (bool, error) { return f.rangeHeldElsewhere(fd, b, 1) }
+
+// rangeHeldElsewhere reports whether one holds any of n bytes from b.
+func (f *File) rangeHeldElsewhere(fd int, b, n lockByte) (bool, error) {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: int64(b), Len: int64(n)}
 	err := retry(func() error {
 		if err := f.faults.check(opTestLock, int64(b)); err != nil {
 			return err

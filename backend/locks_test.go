@@ -245,6 +245,9 @@ func TestLockFails(t *testing.T) {
 	for op, errno := range map[sysop]unix.Errno{opReopen: unix.EMFILE, opLock: unix.EIO, opTestLock: unix.EIO} {
 		path := writeFile(t, t.TempDir(), make([]byte, 4096))
 		r := openImage(t, Options{Path: path}, nil)
+		if op == opReopen {
+			asOnNetwork(r)
+		}
 		r.faults = func(o sysop, _ int64, n int) (int, error) {
 			if o == op {
 				return 0, errno

@@ -128,7 +128,7 @@ func open(o Options, h faults) (*Owned, error) {
 	if err := o.settle(); err != nil {
 		return nil, err
 	}
-	f, err := openFile(o.Path, openHow{direct: o.Cache == CacheNone, faults: h})
+	f, err := openFile(o.Path, openHow{direct: o.Cache == CacheNone, overwrites: !o.ReadOnly, faults: h})
 	if err != nil {
 		return nil, err
 	}

@@ -106,7 +106,7 @@ func (o *Owned) openInactive(v *view) (*view, error) {
 	if o.next != nil {
 		return nil, o.fail("inactivate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
 	}
-	f, err := v.file.reopen(o.how(false))
+	f, err := o.inactiveFile(v)
 	if err != nil {
 		return nil, err
 	}
@@ -117,8 +117,32 @@ func (o *Owned) openInactive(v *view) (*view, error) {
 	return next, err
 }
 
+// inactiveFile is open for reading.
+func (o *Owned) inactiveFile(v *view) (*File, error) {
+	f := o.spare
+	if f == nil {
+		return v.file.reopen(o.how(false))
+	}
+	if err := f.load(); err != nil {
+		return nil, err
+	}
+	o.spare = nil
+	return f, nil
+}
+
+// closeInactive closes an inactive view, but for a file that can be used again.
+// On a network file system it cannot: there, opening asks the server.
+func (o *Owned) closeInactive(v *view) {
+	if o.spare == nil && v.file.keeps() {
+		o.spare = v.file
+		o.warn(v.closeOthers())
+		return
+	}
+	o.warn(v.close())
+}
+
 func (o *Owned) how(write bool) openHow {
-	return openHow{write: write, direct: o.opts.Cache == CacheNone, faults: o.faults}
+	return openHow{write: write, direct: o.opts.Cache == CacheNone, overwrites: !o.opts.ReadOnly, faults: o.faults}
 }
 
 // Unsettle undoes Settle: the image stays active. It cannot fail; what closing
@@ -133,7 +157,11 @@ func (o *Owned) Unsettle() error {
 func (o *Owned) dropNext() {
 	if v := o.next; v != nil {
 		o.next = nil
-		o.warn(v.close())
+		if v.active {
+			o.warn(v.close())
+		} else {
+			o.closeInactive(v)
+		}
 	}
 }
 
@@ -186,16 +214,21 @@ func (o *Owned) Release() error {
 		return nil
 	}
 	o.old = nil
-	err := errors.Join(o.endClaim(), v.close())
+	err := errors.Join(o.endClaim(v, false), v.close())
 	o.noteLocks(nil)
 	return err
 }
 
-// endClaim is what the owner record learns when an ownership ends.
-func (o *Owned) endClaim() error {
+// endClaim is what the owner record learns when an ownership ends, or with last
+// the process.
+func (o *Owned) endClaim(v *view, last bool) error {
 	clean := o.clean
 	o.clean = false
-	return o.record.release(clean)
+	var print *filePrint
+	if o.print != nil && v.file.keeps() {
+		print = &o.print.files[0]
+	}
+	return o.record.release(clean, print, last)
 }
 
 // Acquire opens the image anew, for writing unless it is read-only, locks that
@@ -207,7 +240,7 @@ func (o *Owned) Acquire() (err error) {
 		return o.fail("activate", fmt.Errorf("another transition is under way: %w", unix.EBUSY))
 	}
 	how := o.how(!o.opts.ReadOnly)
-	how.pages = true
+	how.pages, how.known = true, o.cur.Load().file
 	f, err := openFile(o.opts.Path, how)
 	if isErrno(err, unix.ENOENT) {
 		return o.removed()
@@ -228,9 +261,11 @@ func (o *Owned) Acquire() (err error) {
 		f.fadvise(0, 0, unix.FADV_DONTNEED)
 	}
 	if o.opts.Locking != LockingOff {
+		f.listed = o.listed
 		if err := o.lockFile(f, !o.opts.ReadOnly); err != nil {
 			return err
 		}
+		o.listed, f.peer = f.listed && f.keeps(), nil
 		// Who replaces an image by renaming may have done so meanwhile.
 		var st unix.Stat_t
 		err = retry(func() error { return unix.Stat(o.opts.Path, &st) })
@@ -366,10 +401,28 @@ func (o *Owned) Claim(own uint64) (epoch uint64, err error) {
 	if err := o.next.file.fstat(&st); err != nil {
 		return 0, o.fail("stat", err)
 	}
-	if epoch, err = o.record.claim(own, &st); err != nil || !o.next.writable() {
+	epoch, durable, err := o.record.claim(own, &st, o.recorded(o.next.file))
+	if durable && len(o.next.file.held) > 0 {
+		o.next.file.dirty.Store(false)
+	}
+	if err != nil || !o.next.writable() {
 		return epoch, err
 	}
 	return epoch, o.next.begin(func(done, total int64) { o.repair.Store(&Progress{done, total}) })
+}
+
+// recorded is the state of the image's file that goes into the owner record,
+// nil where others do not see the same: a network file system keeps times, and
+// pages, for a while.
+func (o *Owned) recorded(f *File) *filePrint {
+	if !f.keeps() {
+		return nil
+	}
+	p, err := f.fingerprint()
+	if err != nil {
+		return nil
+	}
+	return &p
 }
 
 // Progress is how far something has come, in bytes.
@@ -488,12 +541,14 @@ func (o *Owned) Withdraw() {
 }
 
 // Retire is called when no request uses the view before the last
-// PublishActive. It closes that.
+// PublishActive. It closes that, or keeps its file for the next one, and has the
+// owner record tidied up.
 func (o *Owned) Retire() {
 	if v := o.old; v != nil {
 		o.old = nil
-		o.warn(v.close())
+		o.closeInactive(v)
 	}
+	o.record.tidy()
 }
 
 // Close closes whatever is open, writing nothing to the image; the locks go
@@ -502,13 +557,17 @@ func (o *Owned) Retire() {
 // may be running or called again. It may be called twice.
 func (o *Owned) Close() error {
 	var errs []error
+	o.record.tidying.Wait()
 	if o.next != nil && o.next.active {
 		errs = append(errs, o.record.withdraw())
 	} else {
-		errs = append(errs, o.endClaim())
+		errs = append(errs, o.endClaim(o.cur.Load(), true))
 	}
 	errs = append(errs, closeAll(o.next, o.old, o.cur.Load()))
-	o.next, o.old = nil, nil
+	if o.spare != nil {
+		errs = append(errs, o.spare.Close())
+	}
+	o.next, o.old, o.spare = nil, nil, nil
 	o.noteLocks(nil)
 	return errors.Join(errs...)
 }

@@ -82,6 +82,17 @@ func noTemp(t testing.TB, image string) {
 	}
 }
 
+// leftovers are what owners that died at any step leave, if removing them is to
+// be tested.
+func leftovers(t testing.TB, image string, op sysop) {
+	t.Helper()
+	if op == opRecordUnlink {
+		for _, suffix := range []string{recordTemp, recordWas} {
+			must(t, os.WriteFile(image+recordSuffix+suffix, []byte("left"), 0o600))
+		}
+	}
+}
+
 func TestRecordLife(t *testing.T) {
 	onEach(t, func(t *testing.T, dir string) {
 		path := writeFile(t, dir, make([]byte, 4096))
@@ -207,8 +218,9 @@ func TestRecordOrder(t *testing.T) {
 	r.PublishInactive()
 	must(t, r.Release())
 	must(t, activate(r, false))
+	must(t, write(r, 0, []byte("x"), false)) // there is to be something to sync
 	must(t, errors.Join(r.Settle(), r.Close()))
-	const half = "lock record(5 locks) close(5 locks) sync record(5 locks) close(5 locks)"
+	const half = "lock record(5 locks) sync record(5 locks) close(5 locks)"
 	// Close closes the inactive description too, which holds none.
 	if got := strings.Join(trace, " "); !strings.HasPrefix(got, half+" "+half) {
 		t.Error(got)
@@ -231,6 +243,7 @@ func TestRecordCrash(t *testing.T) {
 					first := openImage(t, Options{Path: path}, nil)
 					must(t, activate(first, false))
 					must(t, inactivate(first))
+					leftovers(t, path, op)
 					armed, seen := false, 0
 					r := openImage(t, Options{Path: path}, func(o sysop, _ int64, n int) (int, error) {
 						if !armed || o != op {
@@ -241,6 +254,9 @@ func TestRecordCrash(t *testing.T) {
 						}
 						return 10, nil
 					})
+					if op == opRecordClose {
+						asOnNetwork(r)
+					}
 					func() {
 						defer func() {
 							if e := recover(); e != any(crash{}) {
@@ -249,6 +265,7 @@ func TestRecordCrash(t *testing.T) {
 						}()
 						armed = phase == "claim"
 						must(t, activate(r, false))
+						leftovers(t, path, op)
 						must(t, r.Settle())
 						r.PublishInactive()
 						v := r.old
@@ -291,8 +308,13 @@ func TestRecordFails(t *testing.T) {
 			path := writeFile(t, t.TempDir(), make([]byte, 4096))
 			h := new(failing)
 			r := openImage(t, Options{Path: path, Warn: func(string) {}}, h.hook)
+			switch op {
+			case opRecordOpen, opRecordRead, opRecordClose: // when it is looked at, or put in its place
+				asOnNetwork(r)
+			}
 			must(t, activate(r, false))
 			must(t, inactivate(r))
+			leftovers(t, path, op)
 			h.set(op, unix.EIO)
 			err := activate(r, false)
 			wantErrno(t, err, unix.EIO)
@@ -305,6 +327,7 @@ func TestRecordFails(t *testing.T) {
 				t.Error("locked")
 			}
 			must(t, activate(r, false))
+			leftovers(t, path, op)
 			h.set(op, unix.EIO)
 			must(t, r.Check()) // says nothing about who owns it
 			must(t, r.Settle())
@@ -564,6 +587,7 @@ func TestRecordPlaces(t *testing.T) {
 			}
 			must(t, inactivate(r))
 			_ = os.Remove(c.want)
+			_ = os.Remove(c.want + recordWas)
 			if left, _ := os.ReadDir(dir); len(left) != 2 {
 				t.Error(left)
 			}
@@ -586,6 +610,10 @@ func TestRecordUnwritable(t *testing.T) {
 			h := new(failing)
 			var warned []string
 			r := openImage(t, Options{Path: path, Warn: func(s string) { warned = append(warned, s) }}, h.hook)
+			leftovers(t, path, op)
+			if op == opRecordClose {
+				asOnNetwork(r)
+			}
 			h.set(op, errno)
 			for own := range uint64(3) {
 				must(t, r.Acquire())
@@ -605,6 +633,12 @@ func TestRecordUnwritable(t *testing.T) {
 				t.Errorf("%q", warned)
 			}
 			explicit := openImage(t, Options{Path: path, OwnerRecord: path + ".rec"}, h.hook)
+			if op == opRecordClose {
+				asOnNetwork(explicit)
+			}
+			if op == opRecordUnlink {
+				must(t, os.WriteFile(path+".rec"+recordTemp, nil, 0o600))
+			}
 			err := activate(explicit, false)
 			wantErrno(t, err, errno)
 			h.set(op, nil)

@@ -83,6 +83,15 @@ func (q *qcowFormat) view(f *File, active bool) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
+	if active {
+		// Tables take 1/8000 of the disk with clusters of 64 KiB.
+		size := disk.Size()
+		for _, f := range c.files {
+			if f.writable {
+				f.Expect(size + size/64 + 64<<20)
+			}
+		}
+	}
 	v := &qcow{qcowFormat: q, disk: disk, file: f, all: c.files, active: active}
 	v.size.Store(disk.Size())
 	v.about = newQcowInfo(disk.Header(), c.links[1:])
@@ -233,6 +242,24 @@ func (q *qcow) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	d := plan(p)
 	if err := q.disk.Prepare(d, off, n, qcowMode(mode)); err != nil {
 		return wrap(err)
+	}
+	fill(p, d)
+	return nil
+}
+
+// prepareUnseen is Owned.PrepareUnseen. What is in pieces is not received in
+// place.
+func (q *qcow) prepareUnseen(p *Plan, off, n int64) error {
+	if err := q.within("write", off, n); err != nil {
+		return err
+	}
+	d := plan(p)
+	if err := q.disk.Prepare(d, off, n, 0); err != nil {
+		return wrap(err)
+	}
+	if len(d.Extents) != 1 {
+		q.disk.Abort(d)
+		return ErrWait
 	}
 	fill(p, d)
 	return nil

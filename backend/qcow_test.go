@@ -373,3 +373,39 @@ func TestQcowFenced(t *testing.T) {
 	}
 	checkLeaks(t, path)
 }
+
+// What is written to an image in memory has its place there also where the file
+// was not as long when it was taken, and what is in pieces is not received.
+func TestQcowPlaceInWhatGrew(t *testing.T) {
+	path := makeQcow(t, shmDir(t), "64M")
+	o := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	must(t, activate(o, false))
+	was := statOf(t, path).Size
+	// The second time it is where it was put.
+	for _, clusters := range []int64{4, 4} {
+		var p Plan
+		err := o.PrepareUnseen(&p, 32<<20, clusters<<16)
+		if err == ErrWait { // a table has to be made first
+			must(t, write(o, 48<<20, make([]byte, 1<<16), false))
+			must(t, write(o, 32<<20-1<<16, make([]byte, 1<<16), false))
+			err = o.PrepareUnseen(&p, 32<<20, clusters<<16)
+		}
+		must(t, err)
+		e := p.Extents[0]
+		if len(p.Extents) != 1 || e.Offset < was || e.File.Place(e.Offset, e.Length) == nil {
+			t.Errorf("%+v has no place, or lies in the first %d bytes", p.Extents, was)
+		}
+		if _, err := o.Commit(&p); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Two clusters that are no neighbours in the file.
+	must(t, write(o, 1<<16, make([]byte, 1<<16), false))
+	must(t, write(o, 0, make([]byte, 1<<16), false))
+	var p Plan
+	if err := o.PrepareUnseen(&p, 0, 2<<16); err != ErrWait {
+		t.Errorf("%v, %+v", err, p.Extents)
+	}
+	must(t, inactivate(o))
+	checkQcow(t, path)
+}

@@ -183,6 +183,7 @@ func (r *raw) Commit(p *Plan) (durable bool, err error) {
 
 // Abort implements content.
 func (r *raw) Abort(p *Plan) {
+	r.file.dirtied()
 	if p.Pin != nil {
 		r.guard.leave()
 	}
@@ -212,7 +213,7 @@ func (r *raw) tables() ([32]byte, error) { return [32]byte{}, nil }
 func (r *raw) freeze() {}
 
 // settle implements content.
-func (r *raw) settle() error { return r.sync() }
+func (r *raw) settle() error { return r.file.settle() }
 
 // Discard implements content by punching a hole, and does nothing where that
 // cannot be done, or is not wanted.
@@ -247,7 +248,9 @@ func (r *raw) erase(op string, off, n int64, do func(*File) error) error {
 		}
 		defer r.guard.leave()
 	}
-	if err := do(r.file); err != nil {
+	err := do(r.file)
+	r.file.dirtied()
+	if err != nil {
 		return err
 	}
 	r.sparse.Store(!r.file.traits.BlockDevice)

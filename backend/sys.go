@@ -33,6 +33,7 @@ const (
 	opLock
 	opTestLock
 	opListLocks
+	opRecordStat
 	opRecordOpen
 	opRecordRead
 	opRecordUnlink

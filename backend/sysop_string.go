@@ -9,7 +9,7 @@ var sysopNames = [...]string{
 	opPunch: "punch", opZeroRange: "zero-range", opAllocate: "allocate", opTruncate: "truncate",
 	opSeek: "seek", opStat: "stat", opAdvise: "advise",
 	opLock: "lock", opTestLock: "test-lock", opListLocks: "list-locks",
-	opRecordOpen: "record-open", opRecordRead: "record-read", opRecordUnlink: "record-unlink",
+	opRecordStat: "record-stat", opRecordOpen: "record-open", opRecordRead: "record-read", opRecordUnlink: "record-unlink",
 	opRecordCreate: "record-create", opRecordWrite: "record-write", opRecordClose: "record-close",
 	opRecordRename: "record-rename",
 }

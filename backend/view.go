@@ -92,8 +92,17 @@ func (o *Owned) deadView(size int64) *view {
 
 // close closes the files. Nothing may use the view any more.
 func (v *view) close() error {
+	return errors.Join(v.closeOthers(), v.file.Close())
+}
+
+// closeOthers is close for all but the file that Options.Path names.
+func (v *view) closeOthers() error {
 	v.freeze()
-	return v.files((*File).Close)
+	var errs []error
+	for _, f := range v.others {
+		errs = append(errs, f.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // closeAll closes the views that are there.

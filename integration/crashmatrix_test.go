@@ -135,6 +135,7 @@ func TestCrashCalls(t *testing.T) {
 		dialRaw(t, a.socket, "").want(0, cmdWrite, 0, 0, mib, randomBytes(int64(n), mib))
 		a.inactivate()
 		a.activate()
+		dialRaw(t, a.socket, "").want(0, cmdWrite, 0, 0, mib, randomBytes(int64(n), mib))
 		h.holdAt("settle")
 		q, failed := a.qmp(), make(chan error, 1)
 		go func() {

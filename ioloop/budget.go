@@ -150,6 +150,18 @@ func (b *budget) tryFloor(n int64) bool {
 	return true
 }
 
+// trySpare is tryFloor for what is only nice to have: with it no more than a
+// quarter of general is in use.
+func (b *budget) trySpare(n int64) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if len(b.waiters) > 0 || b.used[floor]+b.used[forHeld]+b.used[general]+n > b.most[general]/4 {
+		return false
+	}
+	b.used[floor] += n
+	return true
+}
+
 // release gives a lease back, or a part of one.
 func (b *budget) release(l lease) {
 	b.mu.Lock()

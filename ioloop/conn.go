@@ -29,8 +29,11 @@ import (
 //	    reply is appended to the reply buffer (inline.go), or sent from the page
 //	    cache (pages.go). Everything else becomes a task for the ring (uring.go)
 //	    or a worker (task.go), or is parked while the gate holds.
+//	    Writes that go better together are put off to the end of the batch, and
+//	    payloads whose place in the file is in memory are received there at once
+//	    (putoff.go).
 //	 4. When the input has no complete request left, or the replies reach
-//	    flushAt, they go out in one send (conn.flush). What the socket does not
+//	    what is sent at once, they go out in one send (conn.flush). What the socket does not
 //	    take is queued (outgoing.go); receiving goes on until the connection's
 //	    share of the memory is used up.
 //
@@ -41,6 +44,9 @@ const (
 	inputSize    = 64 << 10 // bytes of one receive; 256 KiB is slower for 4k writes, the client idles
 	replySize    = 64 << 10
 	flushAt      = 48 << 10
+	deepReply    = 256 << 10 // of replies by reference, see filledUp
+	flushRoom    = 20 << 10  // left in a reply buffer that goes out
+	staysDeep    = 64        // replies after one that was deep
 	smallPayload = 32 << 10  // larger payloads are received apart
 	inlineRead   = 32 << 10  // larger reads get a buffer of their own
 	inlineLarge  = 256 << 10 // larger ones always a worker: copying them here would hold up the connection
@@ -90,24 +96,26 @@ type conn struct {
 	stopping atomic.Bool
 
 	// Of the receiving goroutine only:
-	in     *buffer // nil while idle
-	r, w   int     // unread bytes of in.raw
-	peeker peeker  // the transport, if it is one
-	next   look    // at what comes
-	peeked bool    // what in.raw has from taken on was only looked at
-	taken  int
-	puts   *puts // nil while nothing was put off
-	one    [1]unix.Iovec
-	aloof  bool    // large payloads have no place to be received into
-	reply  *buffer // nil while there is nothing in it
-	filled int     // bytes in reply.raw
-	req    Request
-	since  state.Arrival // of req, from admit
-	plan   backend.Plan
-	batch  batch
-	gaps   []gap        // of the reply buffer
-	pinned []pinnedRead // the first pins of them have gaps
-	pins   int
+	in       *buffer // nil while idle
+	r, w     int     // unread bytes of in.raw
+	peeker   peeker  // the transport, if it is one
+	next     look    // at what comes
+	peeked   bool    // what in.raw has from taken on was only looked at
+	taken    int
+	puts     *puts // nil while nothing was put off
+	one      [1]unix.Iovec
+	aloof    bool    // large payloads have no place to be received into
+	reply    *buffer // nil while there is nothing in it
+	filled   int     // bytes in reply.raw
+	req      Request
+	since    state.Arrival // of req, from admit
+	plan     backend.Plan
+	batch    batch
+	sequence sequence
+	deep     int          // how many more reply buffers are to be deep ones
+	gaps     []gap        // of the reply buffer
+	pinned   []pinnedRead // the first pins of them have gaps
+	pins     int
 
 	ring     *Uring  // nil in the portable engine
 	prepared []*task // for the ring, not yet submitted

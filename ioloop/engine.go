@@ -83,6 +83,7 @@ type Disk struct {
 	Image   backend.Image
 	Machine *state.Machine
 	unseen  backend.Receiver // the image, if it is one
+	cached  bool             // Info.Cached
 	pace    *Pace            // nil for none
 	counts  counts
 	flushes flushes
@@ -91,7 +92,7 @@ type Disk struct {
 // NewDisk joins an image and the machine that guards it.
 func NewDisk(img backend.Image, m *state.Machine) *Disk {
 	unseen, _ := img.(backend.Receiver)
-	return &Disk{Image: img, Machine: m, unseen: unseen}
+	return &Disk{Image: img, Machine: m, unseen: unseen, cached: img.Info().Cached}
 }
 
 // counts are a disk's totals over all its connections. Connections add to

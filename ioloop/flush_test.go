@@ -1,6 +1,7 @@
 package ioloop
 
 import (
+	"bytes"
 	"context"
 	"sync/atomic"
 	"testing"
@@ -131,5 +132,62 @@ func TestDurableWritesFlushTheMapping(t *testing.T) {
 			}
 			must(t, state.Abandon(context.Background(), r.m))
 		})
+	}
+}
+
+// Durable writes that arrive while one is at it share a sync, wait for it
+// without a worker, and are answered with what it says.
+func TestDurableWritesShareSyncs(t *testing.T) {
+	for _, result := range []error{nil, unix.ENOSPC} {
+		r := newRig(t, rigConfig{Config: Config{Workers: 3}})
+		slow := newBlocker()
+		var first atomic.Bool
+		var syncs atomic.Int64
+		first.Store(true)
+		r.img.set(func(h *hooked) {
+			h.preparing = func(_ int64, m backend.Mode) error {
+				if m&backend.MayBlock != 0 && first.Swap(false) {
+					slow.wait()
+				}
+				return nil
+			}
+			h.flushing = func() error { syncs.Add(1); return result }
+		})
+		c, d := r.connect(&testCodec{}), r.connect(&testCodec{})
+		alone := c.send(OpWrite, FUA, 0, 4096, contents[:4096])
+		await(t, slow.entered, "the first write")
+		const others = 50
+		for i := range int64(others) {
+			c.send(OpWrite, FUA, 4096+i*4096, 4096, contents[:4096])
+			d.send(OpWrite, FUA, 1<<20+i*4096, 4096, contents[:4096])
+		}
+		d.send(OpDiscard, FUA, 2<<20, 4096, nil)
+		c.send(OpFlush, 0, 0, 0, nil)
+		eventually(t, "all others wait", func() bool {
+			r.d.flushes.mu.Lock()
+			defer r.d.flushes.mu.Unlock()
+			return len(r.d.flushes.waiting) == 2*others+2
+		})
+		if n := syncs.Load(); n != 0 {
+			t.Fatalf("%d syncs before the first write has ended", n)
+		}
+		close(slow.leave)
+		for _, k := range []*client{c, d} {
+			for range others + 1 {
+				a := k.next()
+				if fails := result != nil && (k == d || a.cookie != alone); (a.errno != 0) != fails {
+					t.Fatalf("%+v", a)
+				}
+			}
+		}
+		if a := c.next(); (a.errno != 0) != (result != nil) {
+			t.Fatalf("%+v", a)
+		}
+		if n := syncs.Load(); n != 1 {
+			t.Fatalf("%d syncs", n)
+		}
+		if got := r.content(); !bytes.Equal(got[4096:8192], contents[:4096]) {
+			t.Error("other bytes")
+		}
 	}
 }

@@ -211,6 +211,7 @@ type hooked struct {
 	preparing  func(off int64, mode backend.Mode) error
 	flushing   func() error
 	discarding func(off, n int64) error
+	caching    func(off, n int64)
 	// mapped: it has tables that a Commit leaves dirty. It does not change
 	// while the image is used.
 	mapped bool
@@ -267,6 +268,16 @@ func (h *hooked) PrepareUnseen(p *backend.Plan, off, n int64) error {
 		}
 	}
 	return h.Image.(backend.Receiver).PrepareUnseen(p, off, n)
+}
+
+func (h *hooked) Cache(off, n int64) error {
+	h.mu.Lock()
+	f := h.caching
+	h.mu.Unlock()
+	if f != nil {
+		f(off, n)
+	}
+	return h.Image.Cache(off, n)
 }
 
 func (h *hooked) Flush() error {

@@ -23,6 +23,7 @@ func (c *conn) execute(r *Request, payload []byte) error {
 			c.replyDone(r)
 			return nil
 		}
+		c.sequence.note(r)
 		return c.read(r)
 	case OpWrite:
 		return c.write(r, payload)
@@ -52,6 +53,7 @@ func (c *conn) read(r *Request) error {
 		if !ok {
 			return errGone
 		}
+		t.ahead = c.aheadOf(r)
 		c.start(t)
 		return nil
 	}
@@ -145,6 +147,7 @@ func (c *conn) readLarge(r *Request) error {
 		c.flush()
 		t.sendData()
 	case backend.ErrWait:
+		t.ahead = c.aheadOf(r)
 		c.start(t)
 	default:
 		t.free()

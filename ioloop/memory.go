@@ -11,9 +11,14 @@ func (c *conn) takeInput() {
 // takeReply gets a reply buffer. Each connection may have one in any case.
 // Another, while the first waits for the client to take it, is only for memory
 // that nobody else needs; without that, receiving pauses until there is one or
-// the client has taken the first.
+// the client has taken the first. Where there is memory to spare a connection
+// with many reads under way gets a deep one, if its client takes its replies.
 func (c *conn) takeReply() {
 	c.filled = 0
+	if c.deep > 0 && c.unsent.Load() == 0 && c.e.budget.trySpare(bufferCost(classOf(deepReply))) {
+		c.reply = c.e.buffers.get(deepReply)
+		return
+	}
 	n := bufferCost(classOf(replySize))
 	for c.unsent.Load() > 0 {
 		if c.held.Load()+n <= c.e.budget.share && c.e.budget.tryFloor(n) {
@@ -28,18 +33,39 @@ func (c *conn) takeReply() {
 	c.reply = c.e.buffers.get(replySize)
 }
 
+// sound notes how deep the reply buffer is that is about to be sent by
+// reference.
+func (c *conn) sound() {
+	if c.filled >= flushAt {
+		c.deep = staysDeep
+	} else if c.deep > 0 {
+		c.deep--
+	}
+}
+
+// deepen gives an empty reply buffer back if the next should be a deep one.
+func (c *conn) deepen() {
+	if c.deep > 0 && c.reply.class < classOf(deepReply) {
+		c.releaseBuffer(&c.reply)
+	}
+}
+
 // releaseBuffers is called when there is nothing to receive and nothing to
 // send: a thousand idle connections hold no memory.
 func (c *conn) releaseBuffers() {
-	for _, b := range []**buffer{&c.in, &c.reply} {
-		if *b != nil {
-			c.e.budget.release(lease{(*b).cost(), floor})
-			c.e.buffers.put(*b)
-			*b = nil
-		}
-	}
+	c.releaseBuffer(&c.in)
+	c.releaseBuffer(&c.reply)
 	c.r, c.w, c.filled = 0, 0, 0
 	c.dropPuts()
+}
+
+// releaseBuffer gives back a buffer of the floor, if there is one.
+func (c *conn) releaseBuffer(b **buffer) {
+	if *b != nil {
+		c.e.budget.release(lease{(*b).cost(), floor})
+		c.e.buffers.put(*b)
+		*b = nil
+	}
 }
 
 // onRest and onPayload are what a receive does that has to wait; see

@@ -402,3 +402,41 @@ func TestSlowReaderOfPages(t *testing.T) {
 		})
 	}
 }
+
+// A connection with many reads under way gets a deep reply buffer, which sends
+// them all at once, while memory is to spare.
+func TestDeepReplies(t *testing.T) {
+	const count = 50 // more than one of the usual buffers holds
+	want := pattern(count*4096, 1)
+	r := newRig(t, rigConfig{tmpfs: true, content: want})
+	var h pageHook
+	c := r.connectWith(&testCodec{}, socketpair, h.install)
+	batch := func() (sends int) {
+		before := h.count()
+		var wire []byte
+		first := c.cookie + 1
+		for i := range int64(count) {
+			b, _ := c.header(OpRead, 0, i*4096, 4096)
+			wire = append(wire, b...)
+		}
+		c.write(wire)
+		for range count {
+			a := c.next()
+			off := int64(a.cookie-first) * 4096
+			if a.errno != 0 || !bytes.Equal(a.data, want[off:off+4096]) {
+				t.Fatalf("at %d: %v, or other bytes", off, a.errno)
+			}
+		}
+		return h.count() - before
+	}
+	if n := batch(); n == 1 {
+		t.Error("the first batch went out in one piece already")
+	}
+	eventually(t, "a batch goes out at once", func() bool { return batch() == 1 })
+	b := r.e.budget
+	spare := b.most[general] / 4
+	b.takeFloor(spare)
+	eventually(t, "memory is scarce, and batches go out in pieces", func() bool { return batch() > 1 })
+	b.release(lease{spare, floor})
+	eventually(t, "a batch goes out at once again", func() bool { return batch() == 1 })
+}

@@ -293,6 +293,9 @@ func (c *conn) receiveInPlace(r *Request) (done bool, err error) {
 	if c.aloof || c.peeker == nil || c.disk.unseen == nil || c.r != c.w || !c.isHere(r.Payload) {
 		return false, nil
 	}
+	if c.durable(r) && c.disk.Image.Info().Mapped {
+		return false, nil // the mapping needs a Flush, which may wait
+	}
 	if admitted, _, _ := c.admit(r); !admitted {
 		return false, nil // asked again when the payload is here
 	}

@@ -69,7 +69,11 @@ func (c *conn) process() error {
 	c.next = lookNot
 	err := c.processInput()
 	c.settle()
-	c.unpeek() // if nothing was executed then next is lookNot, and fill waits
+	if err != nil {
+		c.swallow() // closed with bytes unread, TCP would drop replies on their way
+	} else {
+		c.unpeek() // if nothing was executed then next is lookNot, and fill waits
+	}
 	return err
 }
 
@@ -102,7 +106,7 @@ func (c *conn) processInput() error {
 		if err != nil {
 			return err
 		}
-		if c.filled >= flushAt {
+		if c.filledUp() {
 			c.flush()
 		}
 		if c.tasks.Load() >= maxTasks {

@@ -21,6 +21,7 @@ type task struct {
 	admitted bool    // holds an admission of the lane
 	passed   bool    // need not wait for the disk's Pace
 	stored   bool    // a write that only has to be flushed
+	ahead    int64   // bytes from the start of a read that are to be read ahead
 	began    time.Time
 	since    state.Arrival // when it first asked the gate
 	chained  bool          // was held; when it has ended the next one may go
@@ -124,7 +125,7 @@ func keep[E any](s []E) []E {
 // start hands t to the ring or a worker. It never waits.
 func (c *conn) start(t *task) {
 	c.list(t)
-	if !c.toRing(t) {
+	if t.ahead > 0 || !c.toRing(t) { // reading ahead may block
 		c.e.sched.submit(t)
 	}
 }
@@ -297,12 +298,33 @@ func (t *task) try() (ended bool) {
 			return true
 		}
 	}
-	if t.req.Op == OpFlush {
-		c.disk.flushes.run(t, c.disk.Image)
-		return true
-	}
-	t.leave(t.perform())
+	t.execute()
 	return true
+}
+
+// execute ends an admitted task, at once or when its effect is durable.
+func (t *task) execute() {
+	disk := t.conn.disk
+	f, img := &disk.flushes, disk.Image
+	if t.req.Op == OpFlush || t.stored {
+		f.run(t, img, false)
+		return
+	}
+	durable := t.conn.durable(&t.req)
+	// A durable write syncs what it writes and no more, but each by itself. In
+	// the page cache one that comes while another is at it shares a sync.
+	leads := durable && disk.cached && f.lead()
+	sync, err := t.perform(durable, leads || !disk.cached)
+	switch {
+	case err == nil && sync:
+		f.run(t, img, leads)
+		return
+	case leads:
+		t.leave(err)
+		f.rest(img)
+	default:
+		t.leave(err)
+	}
 }
 
 // refusal is the error of a request that the gate does not let in.
@@ -332,23 +354,21 @@ func (t *task) leave(err error) {
 	t.conclude(err)
 }
 
-// perform does the storage work of an admitted task that is no flush.
-func (t *task) perform() error {
+// perform does the storage work of an admitted task that is no flush. atOnce
+// says that a write that is to be durable is made so at once. sync says that
+// what is to be durable is not, until the image is flushed.
+func (t *task) perform(durable, atOnce bool) (sync bool, err error) {
 	r, img := &t.req, t.conn.disk.Image
-	durable := t.conn.durable(r)
-	if t.stored {
-		return img.Flush()
-	}
-	err := t.leaveRing(durable)
-	if err != nil {
-		return err
+	if err := t.leaveRing(durable); err != nil {
+		return false, err
 	}
 	if err := checkRange(img, r); err != nil {
-		return err
+		return false, err
 	}
 	switch r.Op {
 	case OpWrite:
-		durable, err = t.store(durable)
+		mapped, err := t.store(durable && atOnce)
+		return durable && !(atOnce && mapped), err
 	case OpDiscard:
 		err = img.Discard(r.Offset, r.Length)
 	case OpZero:
@@ -361,19 +381,16 @@ func (t *task) perform() error {
 		}
 		err = img.Zero(r.Offset, r.Length, f)
 	case OpCache:
-		return img.Cache(r.Offset, r.Length)
+		return false, img.Cache(r.Offset, r.Length)
 	case OpStatus:
-		return t.findStatus()
+		return false, t.findStatus()
 	}
-	if err == nil && durable {
-		err = img.Flush()
-	}
-	return err
+	return durable, err
 }
 
-// store writes the payload. flush says that it is not as durable as it is to be
-// until the image is flushed.
-func (t *task) store(durable bool) (flush bool, err error) {
+// store writes the payload, with durable so that its bytes survive power loss.
+// mapped says that so does where they are.
+func (t *task) store(durable bool) (mapped bool, err error) {
 	r, img := &t.req, t.conn.disk.Image
 	payload := t.buf.payload(r.Length)
 	if err := img.Prepare(&t.plan, r.Offset, payload, backend.MayBlock); err != nil {
@@ -387,8 +404,7 @@ func (t *task) store(durable bool) (flush bool, err error) {
 		}
 		payload = payload[e.Length:]
 	}
-	mapped, err := img.Commit(&t.plan)
-	return durable && !mapped, err
+	return img.Commit(&t.plan)
 }
 
 // fetch reads the request's range into the buffer; with now it returns ErrWait
@@ -401,6 +417,9 @@ func (t *task) fetch(now bool) error {
 	}
 	if err := checkRange(img, r); err != nil {
 		return err
+	}
+	if t.ahead > 0 {
+		_ = img.Cache(r.Offset, min(t.ahead, img.Size()-r.Offset)) // a hint
 	}
 	mode := backend.MayBlock
 	if now {

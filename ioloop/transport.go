@@ -15,7 +15,7 @@ import (
 var errAgain = errors.New("would block")
 
 // maxSegments is how many pieces one send carries.
-const maxSegments = 64
+const maxSegments = 128
 
 // transport is a connection's byte stream. recv is called by the receiving
 // goroutine only, the send methods by one goroutine at a time.

@@ -48,8 +48,8 @@ var failing = map[string]func(t *testing.T) *memfile.File{
 	},
 }
 
-// story does the same on every call: writes, zeros, discards, flushes, and in
-// the end Settle. What fails is done again, once: only one call fails.
+// story does the same on every call: Begin, writes, zeros, discards, flushes,
+// and in the end Settle. What fails is done again, once: only one call fails.
 func story(t *testing.T, im *Image, shadow []byte) (failures int) {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(5, 5))
@@ -62,6 +62,7 @@ func story(t *testing.T, im *Image, shadow []byte) (failures int) {
 			}
 		}
 	}
+	again("begin", func() error { return im.Begin(nil) })
 	cluster := im.g.ClusterSize()
 	// Where nothing is yet, in the large one.
 	p := noise(rng, min(16*cluster, im.Size()/2))
@@ -105,9 +106,6 @@ func TestEveryFailedCallCanBeDoneAgain(t *testing.T) {
 				im := opened(t, f, Options{L2Cache: 1, Warn: func(string) {}})
 				im.alloc.least = 0
 				shadow := readAll(t, im)
-				if err := im.Begin(nil); err != nil {
-					t.Fatal(err)
-				}
 				calls = 0
 				var failed string
 				f.Fail = func(op memfile.Op, off, n int64) error {
@@ -118,7 +116,7 @@ func TestEveryFailedCallCanBeDoneAgain(t *testing.T) {
 						return nil
 					}
 					failed = fmt.Sprintf("call %d, op %d at %#x+%d", fails, op, off, n)
-					return unix.ENOSPC
+					return []unix.Errno{unix.ENOSPC, unix.EIO}[fails%2]
 				}
 				story(t, im, shadow)
 				if i := differs(readAll(t, im), shadow); i >= 0 {
@@ -154,9 +152,6 @@ func TestFailedReadsOfTables(t *testing.T) {
 				im := opened(t, f, Options{L2Cache: 1, Warn: func(string) {}})
 				im.alloc.least = 0
 				shadow := readAll(t, im)
-				if err := im.Begin(nil); err != nil {
-					t.Fatal(err)
-				}
 				reads := 0
 				f.FailRead = func(off, n int64) error {
 					if reads++; reads == fails {

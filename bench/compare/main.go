@@ -30,9 +30,11 @@ type config struct {
 	cells        []cell
 	handovers    []handoverCell
 	group        bool     // hand over a group of images too
+	fair, many   bool     // measure fairness and scale too
 	servers      []string // names or programs; empty: all
 	out          string   // directory of BENCHMARKS.md and benchmarks.svg
 	raw          string   // file of the raw figures
+	onto         string   // file of those of all parts, or ""
 	ours         string   // our program
 	shm, disk    string   // directories for images
 	quick        bool
@@ -88,6 +90,7 @@ func parseFlags(args []string) (c config, render string, err error) {
 	f.StringVar(&servers, "servers", "", "only these servers or programs, with commas between them")
 	f.StringVar(&c.out, "out", "docs", "directory for BENCHMARKS.md and benchmarks.svg")
 	f.StringVar(&c.raw, "raw", "", "file for the raw figures (default bin/bench/DATE-TIME.json)")
+	f.StringVar(&c.onto, "onto", "", "file with what was measured before: the report is of that too, but for the cells measured now, and all is kept there")
 	f.StringVar(&c.ours, "program", "bin/nbd-export", "our program")
 	f.StringVar(&c.shm, "shm-dir", "/dev/shm", "directory on tmpfs for images")
 	f.StringVar(&c.disk, "disk-dir", "bin/bench", "directory on a disk for images")
@@ -122,6 +125,8 @@ func parseFlags(args []string) (c config, render string, err error) {
 			c.handovers = append(c.handovers, x)
 		}
 	}
+	c.fair = match.MatchString(fairID)
+	c.many = match.MatchString(scaleID) && (!c.quick || set["cells"])
 	c.group = match.MatchString(groupID) && (!c.quick || set["cells"])
 	if servers != "" {
 		c.servers = strings.Split(servers, ",")
@@ -133,12 +138,14 @@ func parseFlags(args []string) (c config, render string, err error) {
 		for _, x := range handoverCells {
 			fmt.Printf("%-40s %.3gx of QEMU's times at most\n", x.ID(), x.Goal)
 		}
+		fmt.Printf("%-40s %.3gx\n", fairID, fairGoal)
+		fmt.Printf("%-40s goals of its own\n", scaleID)
 		fmt.Printf("%-40s %v at most\n", groupID, groupGoal)
 		return c, "", flag.ErrHelp
 	}
 	switch {
 	case render != "":
-	case len(c.cells)+len(c.handovers) == 0 && !c.group:
+	case len(c.cells)+len(c.handovers) == 0 && !c.group && !c.fair && !c.many:
 		return c, "", fmt.Errorf("no cell matches %q; --list shows them", cells)
 	case c.rounds < 1 || c.cellTime <= 0 || c.imageSize < 64<<20:
 		return c, "", errors.New("want at least one round, a time, and images of 64M or more")
@@ -183,12 +190,18 @@ func compare(c config) error {
 	if err != nil {
 		return err
 	}
+	failed := r.report.failed()
+	if c.onto != "" && (len(c.cells) > 0 || c.fair || c.many) {
+		if err := r.report.onto(c.onto); err != nil {
+			return err
+		}
+	}
 	if err := r.report.write(c.out); err != nil {
 		return err
 	}
 	fmt.Fprintln(os.Stderr, "report:", filepath.Join(c.out, reportName))
-	if n := r.report.failed(); n > 0 {
-		return fmt.Errorf("%d loads failed; the report lists them", n)
+	if failed > 0 {
+		return fmt.Errorf("%d loads failed; the report lists them", failed)
 	}
 	return nil
 }

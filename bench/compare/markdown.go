@@ -24,6 +24,8 @@ func (rep *report) markdown(results []result) string {
 	fmt.Fprintf(&s, "![Ratios to the better peer, by cell](%s)\n\n", plotName)
 	rep.writeGoals(&s, results)
 	rep.writeMisses(&s, results)
+	rep.writeFairness(&s)
+	rep.writeScale(&s)
 	rep.writeChecks(&s)
 	rep.writeServers(&s, results)
 	rep.writeMachine(&s)
@@ -180,14 +182,16 @@ func (rep *report) writeMachine(s *strings.Builder) {
 	mc := rep.Machine
 	s.WriteString("## The machine\n\n| | |\n|---|---|\n")
 	row := func(name, value string) { fmt.Fprintf(s, "| %s | %s |\n", name, cmp.Or(value, "not used")) }
-	row("measured", rep.When.UTC().Format("2006-01-02 15:04 UTC"))
+	when, ours := rep.measured()
+	row("measured", when)
 	row("kernel", "Linux "+mc.Kernel)
 	row("processor", fmt.Sprintf("%s, %d cores, for servers and client together", mc.CPU, mc.Cores))
 	row("memory", fmt.Sprintf("%.0f GiB", float64(mc.Memory)/(1<<30)))
 	row("net.core.wmem_max", fmt.Sprint(mc.WmemMax))
 	row("disk's file system", mc.DiskFS)
 	row("Go", mc.Go)
-	for _, program := range []string{programOurs, programQEMU, programNbdkit, "fio"} {
+	row(programOurs, ours)
+	for _, program := range []string{programQEMU, programNbdkit, "fio"} {
 		row(program, mc.Versions[program])
 	}
 	s.WriteString("\n")

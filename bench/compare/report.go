@@ -31,6 +31,9 @@ type report struct {
 	Commands []string      `json:"commands"` // that started them
 	Checks   []check       `json:"checks"`
 	Samples  []sample      `json:"samples"`
+	Fair     []fairSample  `json:"fairness,omitempty"`
+	Scale    []scaleRow    `json:"scale,omitempty"`
+	Parts    []part        `json:"parts,omitempty"` // oldest first; none: measured at once
 
 	Handover *handoverReport `json:"handover,omitempty"` // nil: not measured
 }
@@ -164,6 +167,11 @@ func (r *result) judge(goal float64, figure func(*figures) (good float64, by map
 // failed is how many loads could not be run to their end.
 func (rep *report) failed() (n int) {
 	for _, s := range rep.Samples {
+		if s.Err != "" {
+			n++
+		}
+	}
+	for _, s := range rep.Fair {
 		if s.Err != "" {
 			n++
 		}

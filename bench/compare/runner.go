@@ -98,6 +98,16 @@ func (r *runner) run(ctx context.Context) error {
 			return fmt.Errorf("%s: %w", p.Title(r.report.Machine.DiskFS), err)
 		}
 	}
+	if r.cfg.fair {
+		if err := r.fairness(ctx); err != nil {
+			return fmt.Errorf("fairness: %w", err)
+		}
+	}
+	if r.cfg.many {
+		if err := r.scale(ctx); err != nil {
+			return fmt.Errorf("scale: %w", err)
+		}
+	}
 	if err := r.shm.remove(); err != nil {
 		return err
 	}

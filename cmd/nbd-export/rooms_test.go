@@ -20,7 +20,7 @@ var arrows = map[string][]string{
 	"export":         {"backend", "export/wire", "ioloop", "state"},
 	"ioloop":         {"backend", "state"},
 	"bench":          {"client"},
-	"bench/compare":  {"bench", "control"},
+	"bench/compare":  {"bench", "client", "control"},
 	"client":         {"export/wire"},
 }
 
