@@ -61,7 +61,8 @@ func (c *chain) open(f *File, path string) (im *qcow2.Image, err error) {
 			c.roots = append(c.roots, dir)
 		}
 	}
-	if target, err := filepath.EvalSymlinks(path); err == nil {
+	// Not that of a device, /dev, where all others are too.
+	if target, err := filepath.EvalSymlinks(path); err == nil && !f.traits.BlockDevice {
 		c.roots = append(c.roots, filepath.Dir(target))
 	}
 	for i, dir := range c.roots {
@@ -215,11 +216,16 @@ func (c *chain) resolve(path, name string) (named, target string, err error) {
 	if err != nil {
 		return "", "", pathErr(err)
 	}
+	// The names of logical volumes lead to /dev.
+	judged := target
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(name)); err == nil && strings.HasPrefix(dir, "/dev/") && filepath.Dir(target) == "/dev" {
+		judged = filepath.Join(dir, filepath.Base(name))
+	}
 	for _, dir := range c.roots {
-		if in, err := filepath.Rel(dir, target); err == nil && filepath.IsLocal(in) {
+		if in, err := filepath.Rel(dir, judged); err == nil && filepath.IsLocal(in) {
 			return name, target, nil
 		}
 	}
 	return "", "", fmt.Errorf("it lies outside the image's directory, in %s; if that is meant, give --allow-backing %s: %w",
-		filepath.Dir(target), filepath.Dir(target), unix.EACCES)
+		filepath.Dir(judged), filepath.Dir(judged), unix.EACCES)
 }

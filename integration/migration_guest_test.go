@@ -115,6 +115,8 @@ func (l ledger) note(output string) ledger {
 // imageFormat is what the tests of migrations have to know of a format.
 type imageFormat struct {
 	name string // of nbd-export and of QEMU
+	// volatile: what was not flushed is lost with an exporter that is killed.
+	volatile bool
 	// create makes an image in dir out of the raw one, which it may keep.
 	create func(t testing.TB, dir, raw string) string
 	// content is a raw file with what the image holds. Nobody writes to it
@@ -133,7 +135,8 @@ var imageFormats = []imageFormat{
 		check:   func(testing.TB, string) {},
 	},
 	{
-		name: "qcow2",
+		name:     "qcow2",
+		volatile: true,
 		create: func(t testing.TB, dir, raw string) string {
 			image := filepath.Join(dir, "disk.qcow2")
 			run(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, image)
