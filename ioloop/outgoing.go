@@ -85,18 +85,24 @@ func (o *outgoing) precede(segs ...segment) {
 	o.mu.Unlock()
 }
 
+// longSend is from where on a send is told to the scheduler, in bytes. To tell it
+// of each takes a fifth of the operations of 4k reads at depth 32: 367k @1.3
+// instead of 471k @1.2 (tmpfs, Unix socket, operations/s and microseconds of the
+// server's processor time).
+const longSend = 264 << 10
+
 // sendPages sends what the socket takes of segs, total bytes in all, without
 // waiting for it. The caller is the sender. It returns how much was sent: all,
 // if the connection is broken; less also if there are pages that cannot be
-// read.
-func (o *outgoing) sendPages(segs [][]byte, total int) int {
-	n, err := o.pages.sendPages(segs)
+// read. waits says that a page may have to come from a disk.
+func (o *outgoing) sendPages(segs [][]byte, total int, waits bool) int {
+	n, err := o.pages.sendPages(segs, waits || total > longSend)
 	return o.pagesSent(n, total, err)
 }
 
 // sendFile is sendPages of head and n bytes of a file.
-func (o *outgoing) sendFile(head []byte, fd int, off, n int64) int {
-	sent, err := o.pages.sendFile(head, fd, off, n)
+func (o *outgoing) sendFile(head []byte, fd int, off, n int64, waits bool) int {
+	sent, err := o.pages.sendFile(head, fd, off, n, waits || n > longSend)
 	return o.pagesSent(sent, len(head)+int(n), err)
 }
 

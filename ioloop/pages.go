@@ -87,7 +87,8 @@ func (c *conn) gather(p *backend.Plan, dst []byte, at int) error {
 // sendGaps sends the reply buffer, with its gaps' bytes, as far as the socket
 // takes it. The caller is the sender.
 func (c *conn) sendGaps() (sent int) {
-	if !c.reach() {
+	ok, waits := c.reach()
+	if !ok {
 		return 0
 	}
 	segs, at := c.out.scratch[:0], 0
@@ -97,24 +98,26 @@ func (c *conn) sendGaps() (sent int) {
 		at = g.at + len(g.pages)
 	}
 	segs = append(segs, c.reply.raw[at:c.filled])
-	sent = c.out.sendPages(segs, c.filled)
+	sent = c.out.sendPages(segs, c.filled, waits)
 	clear(segs)
 	return sent
 }
 
 // reach reports whether the files still have all that the gaps refer to. Were
-// that left to the send to find, a reply might have begun by then.
-func (c *conn) reach() bool {
+// that left to the send to find, a reply might have begun by then. waits says
+// that reading them may wait.
+func (c *conn) reach() (ok, waits bool) {
 	for i := 0; i < len(c.gaps); {
 		f, end := c.gaps[i].file, int64(0)
 		for ; i < len(c.gaps) && c.gaps[i].file == f; i++ {
 			end = max(end, c.gaps[i].off+int64(len(c.gaps[i].pages)))
 		}
 		if !f.Reaches(end) {
-			return false
+			return false, false
 		}
+		waits = waits || !f.Traits().InlineReads
 	}
-	return true
+	return true, waits
 }
 
 // fillGaps ends the pinned reads: it reads what has not been sent, and takes
@@ -242,11 +245,16 @@ func (t *task) send() (sent, total int) {
 		segs = append(segs, t.segs[i].b)
 		total += len(t.segs[i].b)
 	}
+	waits := false
+	for i := range t.plan.Extents {
+		e := &t.plan.Extents[i]
+		waits = waits || e.Kind == backend.Data && !e.File.Traits().InlineReads
+	}
 	e := &t.plan.Extents[0]
 	if len(segs) == 2 && len(t.plan.Extents) == 1 && e.Fixed && c.out.pages.prefersFile(e.Length, c.r < c.w) {
-		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length)
+		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length, waits)
 	} else {
-		sent = c.out.sendPages(segs, total)
+		sent = c.out.sendPages(segs, total, waits)
 	}
 	clear(segs)
 	return sent, total

@@ -36,7 +36,7 @@ const (
 	always
 )
 
-func (h *pageHook) sendPages(segs [][]byte) (int, error) {
+func (h *pageHook) sendPages(segs [][]byte, long bool) (int, error) {
 	h.mu.Lock()
 	h.calls++
 	before := h.before
@@ -46,10 +46,10 @@ func (h *pageHook) sendPages(segs [][]byte) (int, error) {
 			return n, err
 		}
 	}
-	return h.pageSender.sendPages(segs)
+	return h.pageSender.sendPages(segs, long)
 }
 
-func (h *pageHook) sendFile(head []byte, fd int, off, n int64) (int, error) {
+func (h *pageHook) sendFile(head []byte, fd int, off, n int64, long bool) (int, error) {
 	h.mu.Lock()
 	h.calls++
 	before := h.beforeFile
@@ -57,7 +57,7 @@ func (h *pageHook) sendFile(head []byte, fd int, off, n int64) (int, error) {
 	if before != nil {
 		before()
 	}
-	return h.pageSender.sendFile(head, fd, off, n)
+	return h.pageSender.sendFile(head, fd, off, n, long)
 }
 
 func (h *pageHook) prefersFile(n int64, more bool) bool {
@@ -234,7 +234,7 @@ func TestTruncatedInTheAct(t *testing.T) {
 				h.before = func(segs [][]byte) (int, error, bool) {
 					must(t, os.Truncate(r.path, 0))
 					if begun == 0 {
-						n, err := h.pageSender.sendPages(segs[1:2]) // the pages
+						n, err := h.pageSender.sendPages(segs[1:2], false) // the pages
 						if n != 0 || err != errFault {
 							t.Errorf("%d, %v, want a fault", n, err)
 						}
@@ -244,7 +244,7 @@ func TestTruncatedInTheAct(t *testing.T) {
 					if begun > len(part) {
 						part = append(part[:len(part):len(part)], 0)
 					}
-					n, err := h.pageSender.sendPages([][]byte{part[:begun]})
+					n, err := h.pageSender.sendPages([][]byte{part[:begun]}, false)
 					return n, err, true
 				}
 				h.mu.Unlock()

@@ -71,9 +71,12 @@ func (s *spinner) again() bool {
 	if s.over {
 		return false
 	}
-	_, _, _ = syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
+	yieldCore()
 	return true
 }
+
+// yieldCore lets other threads that want this core have it first.
+func yieldCore() { _, _, _ = syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // got ends the wait, if there was one.
 func (s *spinner) got() {

@@ -38,11 +38,12 @@ type transport interface {
 // pageSender is a transport that can send pages of files: see backend.File.Pages.
 type pageSender interface {
 	// sendPages is trySend, but errFault if the first byte to send is in a
-	// page that cannot be read. It may wait for a disk.
-	sendPages(segs [][]byte) (int, error)
+	// page that cannot be read. long says that it may have to wait for a disk,
+	// or takes as long.
+	sendPages(segs [][]byte, long bool) (int, error)
 	// sendFile is sendPages of head and n bytes at off of the file fd, which
 	// are not copied: they stay pages of the file until the client takes them.
-	sendFile(head []byte, fd int, off, n int64) (int, error)
+	sendFile(head []byte, fd int, off, n int64, long bool) (int, error)
 	// prefersFile reports whether sendFile is the faster way for n bytes. more
 	// says that other requests have come.
 	prefersFile(n int64, more bool) bool
@@ -103,19 +104,22 @@ type socket struct {
 		ask   func(fd uintptr)
 	}
 	out struct {
-		msg   unix.Msghdr
-		iov   [maxSegments]unix.Iovec
-		wait  bool // for the socket
-		pages bool
-		n     int
-		err   error
-		fn    func(fd uintptr) bool
+		msg  unix.Msghdr
+		iov  [maxSegments]unix.Iovec
+		wait bool // for the socket
+		// call is made through a variable, so what it points to must not be on
+		// the stack.
+		call func(trap, a1, a2, a3, a4, a5, a6 uintptr) (r1, r2 uintptr, err syscall.Errno)
+		n    int
+		err  error
+		fn   func(fd uintptr) bool
 	}
 	file struct {
 		head   []byte
 		fd     int
 		off, n int64
-		unsent int // of what was sent before
+		at     int64 // of the present call
+		unsent int   // of what was sent before
 		fn     func(fd uintptr) bool
 		ask    func(fd uintptr)
 	}
@@ -240,11 +244,14 @@ func (s *socket) askPending(fd uintptr) {
 	}
 }
 
-func (s *socket) trySend(segs [][]byte) (int, error)   { return s.transmit(segs, false, false) }
-func (s *socket) send(segs [][]byte) (int, error)      { return s.transmit(segs, true, false) }
-func (s *socket) sendPages(segs [][]byte) (int, error) { return s.transmit(segs, false, true) }
+func (s *socket) trySend(segs [][]byte) (int, error) { return s.transmit(segs, false, false) }
+func (s *socket) send(segs [][]byte) (int, error)    { return s.transmit(segs, true, false) }
 
-func (s *socket) transmit(segs [][]byte, wait, pages bool) (int, error) {
+func (s *socket) sendPages(segs [][]byte, long bool) (int, error) {
+	return s.transmit(segs, false, long)
+}
+
+func (s *socket) transmit(segs [][]byte, wait, long bool) (int, error) {
 	o := &s.out
 	n := min(len(segs), maxSegments)
 	for i, seg := range segs[:n] {
@@ -253,7 +260,10 @@ func (s *socket) transmit(segs [][]byte, wait, pages bool) (int, error) {
 	}
 	o.msg.Iov = &o.iov[0]
 	o.msg.SetIovlen(n)
-	o.wait, o.pages, o.n, o.err = wait, pages, 0, nil
+	o.wait, o.call, o.n, o.err = wait, syscall.RawSyscall6, 0, nil
+	if long {
+		o.call = syscall.Syscall6
+	}
 	err := s.rc.Write(o.fn)
 	runtime.KeepAlive(segs)
 	clear(o.iov[:n]) // hold on to no buffer
@@ -266,12 +276,8 @@ func (s *socket) transmit(segs [][]byte, wait, pages bool) (int, error) {
 func (s *socket) sendOnce(fd uintptr) bool {
 	o := &s.out
 	for {
-		call := syscall.RawSyscall
-		if o.pages { // they may be gone to the disk, or more than is copied in no time
-			call = syscall.Syscall
-		}
-		n, _, errno := call(unix.SYS_SENDMSG, fd,
-			uintptr(unsafe.Pointer(&o.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL)
+		n, _, errno := o.call(unix.SYS_SENDMSG, fd,
+			uintptr(unsafe.Pointer(&o.msg)), unix.MSG_DONTWAIT|unix.MSG_NOSIGNAL, 0, 0, 0)
 		switch errno {
 		case 0:
 			o.n = int(n)
@@ -324,10 +330,13 @@ func (s *socket) askRoom(fd uintptr) {
 	s.file.unsent, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
 }
 
-func (s *socket) sendFile(head []byte, fd int, off, n int64) (int, error) {
+func (s *socket) sendFile(head []byte, fd int, off, n int64, long bool) (int, error) {
 	f, o := &s.file, &s.out
 	f.head, f.fd, f.off, f.n = head, fd, off, n
-	o.n, o.err = 0, nil
+	o.call, o.n, o.err = syscall.RawSyscall6, 0, nil
+	if long {
+		o.call = syscall.Syscall6
+	}
 	err := s.rc.Write(f.fn)
 	f.head = nil
 	if err != nil {
@@ -348,8 +357,8 @@ func (s *socket) sendFileOnce(fd uintptr) bool {
 		} else if left == 0 {
 			return true
 		} else {
-			off := f.off + f.n - left
-			n, _, errno = syscall.Syscall6(unix.SYS_SENDFILE, fd, uintptr(f.fd), uintptr(unsafe.Pointer(&off)), uintptr(left), 0, 0)
+			f.at = f.off + f.n - left
+			n, _, errno = o.call(unix.SYS_SENDFILE, fd, uintptr(f.fd), uintptr(unsafe.Pointer(&f.at)), uintptr(left), 0, 0)
 			if n == 0 && errno != unix.EAGAIN && errno != unix.EINTR {
 				errno = errFault // past the end of the file, or its disk fails; or the socket, as the next send will see
 			}
