@@ -266,14 +266,18 @@ func (f *File) Traits() Traits { return f.traits }
 // Writable reports whether the file is open for writing.
 func (f *File) Writable() bool { return f.writable }
 
-// Close unlocks and closes the descriptors, and the map. It writes nothing.
+// Close unlocks and closes the descriptors, and the maps. It writes nothing.
 // Nothing may use the file any more.
 func (f *File) Close() error {
-	f.unmapPlace() // it would hold the locks
-	var errs [3]error
-	if err := f.unmapPages(); err != nil {
-		errs[2] = f.fail("munmap", err)
-	}
+	return errors.Join(f.release(), f.unmapPages())
+}
+
+// release is Close but for the map for reading, which unmapPages is to close:
+// that takes long where it is large, and nobody is to wait for it who waits for
+// the locks.
+func (f *File) release() error {
+	f.unmapPlace()
+	var errs [2]error
 	for i, fd := range [...]*int{&f.tailFd, &f.fd} {
 		if *fd < 0 {
 			continue

@@ -16,7 +16,7 @@ import (
 // Only system calls touch the map. Where the file has become shorter, or its
 // disk fails, they say EFAULT, while Go code would be killed by SIGBUS. It
 // belongs to the description that holds the file's locks, and is closed with
-// it.
+// it, or right after it: see File.release.
 type pageMap struct {
 	// wanted: the description is that of an owner, in a page cache that all
 	// openers share. The others of an image are read with pread: a stale page
@@ -87,7 +87,10 @@ func (f *File) unmapPages() error {
 	if base == nil {
 		return nil
 	}
-	return unix.MunmapPtr(unsafe.Pointer(base), uintptr(f.pages.length))
+	if err := unix.MunmapPtr(unsafe.Pointer(base), uintptr(f.pages.length)); err != nil {
+		return f.fail("munmap", err)
+	}
+	return nil
 }
 
 // Reaches reports whether the file still has [0, end). A page that is only

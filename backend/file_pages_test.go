@@ -252,6 +252,7 @@ func TestPagesAreTheOwners(t *testing.T) {
 				}
 				pages()
 				must(t, inactivate(r))
+				r.unmapping.Wait()
 				if maps, _ := mapped(t, path); maps != 0 {
 					t.Errorf("%d maps of an inactive image", maps)
 				}

@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"io/fs"
+	"sync"
 	"sync/atomic"
 )
 
@@ -25,6 +26,8 @@ type Owned struct {
 	held atomic.Pointer[string] // LocksHeld
 
 	repair atomic.Pointer[Progress]
+
+	unmapping sync.WaitGroup // what Release left
 
 	// The rest belongs to the one goroutine that changes ownership.
 	next   *view // acquired or settled, to be published

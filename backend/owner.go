@@ -207,14 +207,16 @@ func (o *Owned) publish() {
 // Release is called when no request uses the view before the last
 // PublishInactive. It notes in the owner record that a settled image was let go
 // in order, and then closes every writable description, with which the locks
-// go. All happens whatever fails; an error is for the log.
+// go. All happens whatever fails; an error is for the log. What was mapped for
+// reading is unmapped beside what follows: a GiB of pages takes 30 ms.
 func (o *Owned) Release() error {
 	v := o.old
 	if v == nil {
 		return nil
 	}
 	o.old = nil
-	err := errors.Join(o.endClaim(v, false), v.close())
+	err := errors.Join(o.endClaim(v, false), v.release())
+	o.unmapping.Go(func() { o.warn(v.unmap()) })
 	o.noteLocks(nil)
 	return err
 }
@@ -558,6 +560,7 @@ func (o *Owned) Retire() {
 func (o *Owned) Close() error {
 	var errs []error
 	o.record.tidying.Wait()
+	o.unmapping.Wait()
 	if o.next != nil && o.next.active {
 		errs = append(errs, o.record.withdraw())
 	} else {

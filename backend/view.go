@@ -95,6 +95,14 @@ func (v *view) close() error {
 	return errors.Join(v.closeOthers(), v.file.Close())
 }
 
+// release is close but for maps for reading, which unmap is to close.
+func (v *view) release() error {
+	v.freeze()
+	return v.files((*File).release)
+}
+
+func (v *view) unmap() error { return v.files((*File).unmapPages) }
+
 // closeOthers is close for all but the file that Options.Path names.
 func (v *view) closeOthers() error {
 	v.freeze()
