@@ -94,10 +94,12 @@ func TestRandomRequestsAgainstModel(t *testing.T) {
 	})
 }
 
+// model is a part of a disk, from offset at on, that nobody else writes.
 type model struct {
 	t     testing.TB
 	rnd   *rand.Rand
-	bytes []byte
+	at    int
+	bytes []byte // more than a page
 	conns []*rawConn
 }
 
@@ -109,18 +111,19 @@ func (m *model) step() {
 	var off, n int
 	switch r.IntN(4) {
 	case 0: // any bytes
-		n = 1 + r.IntN(20000)
+		n = 1 + r.IntN(min(20000, len(m.bytes)-1))
 		off = r.IntN(len(m.bytes) - n)
 	case 1: // whole sectors
-		n = 512 * (1 + r.IntN(64))
-		off = 512 * r.IntN((len(m.bytes)-n)/512)
+		n = 512 * (1 + r.IntN(min(64, len(m.bytes)/512-1)))
+		off = 512 * r.IntN((len(m.bytes)-n)/512+1)
 	case 2: // whole pages, up to a large request
-		n = 4096 * (1 + r.IntN(256))
-		off = 4096 * r.IntN((len(m.bytes)-n)/4096)
+		n = 4096 * (1 + r.IntN(min(256, len(m.bytes)/4096)))
+		off = 4096 * r.IntN((len(m.bytes)-n)/4096+1)
 	case 3: // up to the very end
-		n = 1 + r.IntN(9000)
+		n = 1 + r.IntN(min(9000, len(m.bytes)-1))
 		off = len(m.bytes) - n
 	}
+	at := m.at + off
 	var flags uint16
 	if r.IntN(8) == 0 {
 		flags = flagFUA
@@ -131,36 +134,36 @@ func (m *model) step() {
 		if c.structured && r.IntN(3) == 0 {
 			flags |= flagDF
 		}
-		rep := c.want(0, cmdRead, flags, uint64(off), uint32(n), nil)
+		rep := c.want(0, cmdRead, flags, uint64(at), uint32(n), nil)
 		if flags&flagDF != 0 && rep.chunks != 1 {
 			m.t.Errorf("%d chunks with DF", rep.chunks)
 		}
-		sameBytes(m.t, fmt.Sprintf("read of %d+%d", off, n), rep.data, here)
+		sameBytes(m.t, fmt.Sprintf("read of %d+%d", at, n), rep.data, here)
 	case p < 70:
 		for i := range here {
 			here[i] = byte(r.Uint32())
 		}
-		c.want(0, cmdWrite, flags, uint64(off), uint32(n), here)
+		c.want(0, cmdWrite, flags, uint64(at), uint32(n), here)
 	case p < 80:
 		if r.IntN(2) == 0 {
 			flags |= flagNoHole
 		}
-		c.want(0, cmdWriteZeroes, flags, uint64(off), uint32(n), nil)
+		c.want(0, cmdWriteZeroes, flags, uint64(at), uint32(n), nil)
 		clear(here)
 	case p < 85:
 		flags |= flagFastZero
-		if rep := c.do(cmdWriteZeroes, flags, uint64(off), uint32(n), nil); rep.errno == 0 {
+		if rep := c.do(cmdWriteZeroes, flags, uint64(at), uint32(n), nil); rep.errno == 0 {
 			clear(here)
 		} else if rep.errno != nbdENOTSUP {
 			m.t.Errorf("FAST_ZERO: %s %q", errName(rep.errno), rep.text)
 		}
 	case p < 90:
-		c.want(0, cmdTrim, flags, uint64(off), uint32(n), nil)
+		c.want(0, cmdTrim, flags, uint64(at), uint32(n), nil)
 		// Each byte is what it was, or zero; from now on that.
-		now := c.want(0, cmdRead, 0, uint64(off), uint32(n), nil).data
+		now := c.want(0, cmdRead, 0, uint64(at), uint32(n), nil).data
 		for i := range here {
 			if now[i] != here[i] && now[i] != 0 {
-				m.t.Fatalf("TRIM of %d+%d made byte %d %#x, it was %#x", off, n, off+i, now[i], here[i])
+				m.t.Fatalf("TRIM of %d+%d made byte %d %#x, it was %#x", at, n, at+i, now[i], here[i])
 			}
 		}
 		copy(here, now)
@@ -168,19 +171,19 @@ func (m *model) step() {
 		if !c.structured {
 			return
 		}
-		at := off
-		for _, x := range c.want(0, cmdBlockStatus, flags, uint64(off), uint32(n), nil).extents {
+		next := off
+		for _, x := range c.want(0, cmdBlockStatus, flags, uint64(at), uint32(n), nil).extents {
 			if x.length == 0 {
 				m.t.Fatal("an extent without length")
 			}
-			end := min(at+int(x.length), len(m.bytes))
-			if x.flags&2 != 0 && bytes.Count(m.bytes[at:end], []byte{0}) != end-at {
-				m.t.Errorf("%d+%d is said to read as zeroes", at, x.length)
+			end := min(next+int(x.length), len(m.bytes))
+			if x.flags&2 != 0 && bytes.Count(m.bytes[next:end], []byte{0}) != end-next {
+				m.t.Errorf("%d+%d is said to read as zeroes", m.at+next, x.length)
 			}
-			at = end
+			next = end
 		}
 	case p < 98:
-		c.want(0, cmdCache, flags, uint64(off), uint32(n), nil)
+		c.want(0, cmdCache, flags, uint64(at), uint32(n), nil)
 	default:
 		c.want(0, cmdFlush, 0, 0, 0, nil)
 	}

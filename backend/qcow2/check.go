@@ -129,13 +129,13 @@ func (c *checker) countContent() error {
 	return c.walkBitmaps()
 }
 
-// count counts the clusters of a range, which may end past the end of the file
-// by less than a cluster.
+// count counts the clusters of a range, which begins in the file, and may end
+// past its end by less than a cluster.
 func (c *checker) count(what string, off, n int64) bool {
 	if n <= 0 {
 		return true
 	}
-	if off < 0 || n > 1<<62 || off > c.f.Length()+c.g.ClusterSize()-1-n {
+	if off < 0 || n > 1<<62 || off >= c.f.Length() || off > c.f.Length()+c.g.ClusterSize()-1-n {
 		c.corrupt("%s: %d bytes at %#x reach past the end of the file", what, n, uint64(off))
 		return false
 	}

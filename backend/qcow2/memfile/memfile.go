@@ -29,6 +29,7 @@ type Event struct {
 	Op     Op
 	Off, N int64 // Resize: N is the new length
 	Data   []byte
+	At     int64 // of File.Clock, if there is one
 }
 
 // File is a qcow2.File.
@@ -47,6 +48,9 @@ type File struct {
 	Fail func(op Op, off, n int64) error
 	// FailRead is the same for reads.
 	FailRead func(off, n int64) error
+	// Clock counts the events of files that share it, so that it is known which
+	// came first. Set it before Record.
+	Clock *atomic.Int64
 	// AfterSync is called, without the lock, when a sync has succeeded.
 	AfterSync func()
 
@@ -100,6 +104,9 @@ func (f *File) do(name string, e Event, change func()) error {
 	}
 	change()
 	if f.record {
+		if f.Clock != nil {
+			e.At = f.Clock.Add(1)
+		}
 		f.events = append(f.events, e)
 	}
 	return nil
