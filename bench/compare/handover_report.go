@@ -268,7 +268,7 @@ func (rep *report) page(dir string, results []result) (string, error) {
 		section = rep.Handover.markdown()
 	}
 	page := string(old)
-	if len(rep.Cells)+len(rep.Fair)+len(rep.Scale) > 0 || page == "" {
+	if len(rep.Cells)+len(rep.Fair)+len(rep.Scale)+len(rep.Qcow2) > 0 || page == "" {
 		page = rep.markdown(results)
 	}
 	if section == "" {

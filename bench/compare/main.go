@@ -31,6 +31,7 @@ type config struct {
 	handovers    []handoverCell
 	group        bool     // hand over a group of images too
 	fair, many   bool     // measure fairness and scale too
+	qcow2        bool     // and qcow2 images
 	servers      []string // names or programs; empty: all
 	out          string   // directory of BENCHMARKS.md and benchmarks.svg
 	raw          string   // file of the raw figures
@@ -126,6 +127,7 @@ func parseFlags(args []string) (c config, render string, err error) {
 		}
 	}
 	c.fair = match.MatchString(fairID)
+	c.qcow2 = match.MatchString(qcowID) && (!c.quick || set["cells"])
 	c.many = match.MatchString(scaleID) && (!c.quick || set["cells"])
 	c.group = match.MatchString(groupID) && (!c.quick || set["cells"])
 	if servers != "" {
@@ -140,12 +142,13 @@ func parseFlags(args []string) (c config, render string, err error) {
 		}
 		fmt.Printf("%-40s %.3gx\n", fairID, fairGoal)
 		fmt.Printf("%-40s goals of its own\n", scaleID)
+		fmt.Printf("%-40s goals of its own\n", qcowID)
 		fmt.Printf("%-40s %v at most\n", groupID, groupGoal)
 		return c, "", flag.ErrHelp
 	}
 	switch {
 	case render != "":
-	case len(c.cells)+len(c.handovers) == 0 && !c.group && !c.fair && !c.many:
+	case len(c.cells)+len(c.handovers) == 0 && !c.group && !c.fair && !c.many && !c.qcow2:
 		return c, "", fmt.Errorf("no cell matches %q; --list shows them", cells)
 	case c.rounds < 1 || c.cellTime <= 0 || c.imageSize < 64<<20:
 		return c, "", errors.New("want at least one round, a time, and images of 64M or more")
@@ -191,7 +194,7 @@ func compare(c config) error {
 		return err
 	}
 	failed := r.report.failed()
-	if c.onto != "" && (len(c.cells) > 0 || c.fair || c.many) {
+	if c.onto != "" && (len(c.cells) > 0 || c.fair || c.many || c.qcow2) {
 		if err := r.report.onto(c.onto); err != nil {
 			return err
 		}

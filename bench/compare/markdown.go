@@ -25,6 +25,7 @@ func (rep *report) markdown(results []result) string {
 	rep.writeGoals(&s, results)
 	rep.writeMisses(&s, results)
 	rep.writeFairness(&s)
+	rep.writeQcow2(&s)
 	rep.writeScale(&s)
 	rep.writeChecks(&s)
 	rep.writeServers(&s, results)

@@ -100,6 +100,9 @@ func (rep *report) add(old *report) {
 	if len(rep.Scale) == 0 {
 		rep.Scale = old.Scale
 	}
+	if len(rep.Qcow2) == 0 {
+		rep.Qcow2 = old.Qcow2
+	}
 	rep.Servers = union(rep.Servers, old.Servers)
 	slices.SortStableFunc(rep.Servers, func(a, b string) int { return serverPlace(a) - serverPlace(b) })
 	rep.Commands = union(old.Commands, rep.Commands)

@@ -33,6 +33,7 @@ type report struct {
 	Samples  []sample      `json:"samples"`
 	Fair     []fairSample  `json:"fairness,omitempty"`
 	Scale    []scaleRow    `json:"scale,omitempty"`
+	Qcow2    []qcowSample  `json:"qcow2,omitempty"`
 	Parts    []part        `json:"parts,omitempty"` // oldest first; none: measured at once
 
 	Handover *handoverReport `json:"handover,omitempty"` // nil: not measured
@@ -172,6 +173,11 @@ func (rep *report) failed() (n int) {
 		}
 	}
 	for _, s := range rep.Fair {
+		if s.Err != "" {
+			n++
+		}
+	}
+	for _, s := range rep.Qcow2 {
 		if s.Err != "" {
 			n++
 		}

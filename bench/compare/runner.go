@@ -103,6 +103,11 @@ func (r *runner) run(ctx context.Context) error {
 			return fmt.Errorf("fairness: %w", err)
 		}
 	}
+	if r.cfg.qcow2 {
+		if err := r.qcow2(ctx); err != nil {
+			return fmt.Errorf("qcow2: %w", err)
+		}
+	}
 	if r.cfg.many {
 		if err := r.scale(ctx); err != nil {
 			return fmt.Errorf("scale: %w", err)
