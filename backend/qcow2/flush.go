@@ -138,6 +138,7 @@ func (im *Image) collect() *batch {
 	for _, x := range r.dirty {
 		b.blocks = append(b.blocks, blockCopy{x, x.lo, x.hi, bytes.Clone(x.b[x.lo:x.hi])})
 		x.lo, x.hi = 0, 0
+		x.users++ // until it is in the file, or who reads it there gets what it was
 	}
 	b.added, b.offset, b.moved, b.gone = r.added, r.offset, r.moved, r.gone
 	if len(b.added) > 0 || b.moved {
@@ -245,6 +246,11 @@ func (im *Image) settled(b *batch) {
 		x.s.unsynced.Store(x.s.dirty.Load())
 		x.s.mu.Unlock()
 	}
+	im.refs.mu.Lock()
+	for _, x := range b.blocks {
+		x.b.users--
+	}
+	im.refs.mu.Unlock()
 	im.dropped(b.drops)
 	im.dropped(b.gone)
 }
@@ -268,6 +274,7 @@ func (im *Image) putBack(b *batch) {
 	defer r.mu.Unlock()
 	for _, x := range b.blocks {
 		im.touchLocked(x.b, x.lo, x.hi)
+		x.b.users--
 	}
 	r.added = append(r.added, b.added...)
 	r.moved = r.moved || b.moved

@@ -33,7 +33,7 @@ type refblock struct {
 	off    int64
 	b      []byte
 	lo, hi int64 // bytes that the file has not, hi is 0 for none
-	users  int   // who will change it
+	users  int   // who will change it, or is writing it to the file
 }
 
 // hostRange is a run of whole host clusters, in bytes.
