@@ -138,8 +138,9 @@ func (im *Image) refill(n int64) error {
 	}
 }
 
-// scanBlock makes the free clusters ready that refcount block index counts. If
-// there is no such block it makes one. It reports whether there are more.
+// scanBlock makes the free clusters ready that refcount block index counts, where
+// nothing is ready: what is might be found again. If there is no such block it
+// makes one. It reports whether there are more.
 func (im *Image) scanBlock(index int64) (more bool, err error) {
 	a, r, per := &im.alloc, &im.refs, im.g.refcountsPerBlock()
 	first, last := index*per, min((index+1)*per, a.old)
@@ -152,6 +153,12 @@ func (im *Image) scanBlock(index int64) (more bool, err error) {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if a.have > 0 { // given back since the caller looked
+		if b != nil {
+			b.users--
+		}
+		return true, nil
+	}
 	a.scan = index + 1
 	if b == nil {
 		for first < last && r.metadata.has(first) {

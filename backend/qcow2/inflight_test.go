@@ -85,3 +85,31 @@ func TestBlocksBeingWrittenStayInMemory(t *testing.T) {
 	}
 	checked(t, w.Bytes(), true)
 }
+
+// TestGivenBackIsNotFoundAgain gives clusters back after a refill has seen that
+// none is ready, and before it looks for some in their block.
+func TestGivenBackIsNotFoundAgain(t *testing.T) {
+	im := begun(t, made(t, "1m", "cluster_size=4k"), Options{})
+	defer im.Close()
+	got, err := im.take(1, MayBlock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for im.alloc.have > 0 {
+		if _, err := im.take(im.alloc.have, MayBlock); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// What reclaimRanges does when more is freed than is kept ready.
+	im.alloc.scan, im.alloc.old = 0, im.alloc.end
+	im.giveBack(got)
+	im.alloc.filling.Lock()
+	_, err = im.scanBlock(0)
+	im.alloc.filling.Unlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if im.alloc.have != 1 {
+		t.Errorf("%d clusters are ready after one was given back", im.alloc.have)
+	}
+}
