@@ -291,10 +291,7 @@ func (im *Image) dirty() bool {
 	n += len(r.dirty) + len(r.added) + len(r.gone)
 	moved := r.moved
 	r.mu.Unlock()
-	im.free.mu.Lock()
-	n += len(im.free.drops) + len(im.free.limbo)
-	im.free.mu.Unlock()
-	return n > 0 || moved
+	return n > 0 || moved || im.dropsWait()
 }
 
 // startTimer sees to it that what is dirty is written back in time.

@@ -101,6 +101,13 @@ func (im *Image) inLimbo() bool {
 	return len(im.free.limbo) > 0
 }
 
+// dropsWait reports whether a flush would free something.
+func (im *Image) dropsWait() bool {
+	im.free.mu.Lock()
+	defer im.free.mu.Unlock()
+	return len(im.free.drops)+len(im.free.limbo) > 0
+}
+
 // reclaim frees what has left limbo. What cannot be counted because of an error
 // stays there.
 func (im *Image) reclaim() error {

@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"errors"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -41,6 +42,17 @@ func (im *Image) Prepare(p *Plan, off, n int64, mode Mode) error {
 	if err := im.change(off, n, mode); err != nil {
 		return err
 	}
+	err := im.prepare(p, off, n, mode)
+	if errors.Is(err, unix.ENOSPC) && mode&MayBlock != 0 && im.dropsWait() {
+		// What was discarded is free after a flush, unless it is still read.
+		if im.Flush() == nil {
+			err = im.prepare(p, off, n, mode)
+		}
+	}
+	return err
+}
+
+func (im *Image) prepare(p *Plan, off, n int64, mode Mode) error {
 	p.reset()
 	p.pin = im.pins.enter(unsafe.Pointer(p))
 	done, err := im.prepareInPlace(p, off, n, mode)
