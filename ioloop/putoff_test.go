@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -349,5 +350,56 @@ func TestVanishWhileLookedAt(t *testing.T) {
 	c.nc.Close()
 	if err := c.end(); err == nil || err == io.EOF {
 		t.Fatalf("%v: it died inside a payload", err)
+	}
+}
+
+// The answers to writes that were put off may fill the reply buffer that they
+// take, with long errors: what comes behind them finds room all the same.
+func TestAnswersOfPutOffFillReply(t *testing.T) {
+	dir, err := os.MkdirTemp("/dev/shm", "ioloop")
+	must(t, err)
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	for range 5 { // errors name the image
+		dir = filepath.Join(dir, strings.Repeat("d", 200))
+	}
+	must(t, os.MkdirAll(dir, 0o700))
+	r := newRig(t, rigConfig{dir: dir, content: pattern(1<<20, 1)})
+	d := r.drive(socketpair)
+	for seed := range uint64(2) { // shows that it pays to receive in place
+		answers, _ := d.batch(seed, 512, 1<<10, 3<<10)
+		wantAll(t, answers, 0)
+	}
+	d.c.releaseBuffers() // it was at rest
+	must(t, os.Truncate(r.path, 512<<10))
+	var wire []byte
+	const writes = 55
+	for i := range int64(writes) {
+		h, _ := d.header(OpWrite, 0, 600<<10+i*1024, 512)
+		wire = append(append(wire, h...), contents[:512]...)
+	}
+	h, _ := d.header(OpRead, 0, 0, inlineRead)
+	wire = append(wire, h...)
+	d.write(wire)
+	eventually(t, "all is there", func() bool { return d.c.peeker.pending() == len(wire) })
+	var answers []answer
+	read := background(func() {
+		br := bufio.NewReader(d.nc)
+		for range writes + 1 {
+			a, err := (&client{br: br}).receive()
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			answers = append(answers, a)
+		}
+	})
+	must(t, d.c.fill())
+	must(t, d.c.process())
+	d.c.flush()
+	await(t, read, "the replies")
+	for i, a := range answers {
+		if i < writes && a.errno != unix.EIO || i == writes && !bytes.Equal(a.data, r.content()[:inlineRead]) {
+			t.Fatalf("%d: %v, %d bytes", i, a.errno, len(a.data))
+		}
 	}
 }

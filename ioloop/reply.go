@@ -95,11 +95,11 @@ func (b *batch) addTo(d *counts) {
 // space makes room for n more bytes of replies. It may wait for the client: see
 // takeReply.
 func (c *conn) space(n int) []byte {
+	if c.reply == nil {
+		c.settle() // taking one may wait; its answers may take one, and fill it
+	}
 	if c.reply != nil && c.filled+n > len(c.reply.raw) {
 		c.flush()
-	}
-	if c.reply == nil {
-		c.settle() // taking one may wait
 	}
 	if c.reply == nil {
 		c.takeReply()
