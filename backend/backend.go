@@ -36,6 +36,8 @@ type Extent struct {
 	// Fixed: as long as File is open these bytes of it are what the guest has
 	// there, and never become another's. So they may be sent as pages that stay
 	// part of the file until the client takes them, after the plan is released.
+	// Not where activation drops the page cache: pages in a socket stay in it,
+	// and may be older than what another host has written since.
 	Fixed bool
 }
 

@@ -311,3 +311,23 @@ func TestPagesOfGrowingFile(t *testing.T) {
 		}
 	})
 }
+
+// Pages that may wait in a socket are not those of a cache that activation
+// drops.
+func TestFixedOnlyWhereTheCacheStays(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		for _, drop := range []DropCacheMode{DropCacheAuto, DropCacheOn, DropCacheOff} {
+			path := writeFile(t, dir, pattern(1<<20, 1))
+			r := openImage(t, Options{Path: path, Format: "raw", DropCache: drop}, nil)
+			must(t, activate(r, false))
+			var p Plan
+			must(t, r.Map(&p, 0, 128<<10, FindHoles|MayBlock))
+			if got, want := p.Extents[0].Fixed, !r.dropsCache(r.cur.Load().file); got != want {
+				t.Errorf("--drop-cache %s: fixed %v", drop, got)
+			}
+			r.Unmap(&p)
+			must(t, inactivate(r))
+			must(t, r.Close())
+		}
+	})
+}

@@ -382,6 +382,7 @@ func (o *Owned) refresh(f *File) error {
 	if !o.dropsCache(f) {
 		return nil
 	}
+	o.unmapping.Wait() // what is mapped stays in the cache
 	left, err := f.dropCache(dropTries, func(try int) { time.Sleep(min(time.Duration(try), 10) * time.Millisecond) })
 	if err == nil && left > 0 {
 		o.warnf("%d pages of %s stay in the page cache, because somebody reads or maps them; they may be older than the image", left, f.path)

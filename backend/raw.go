@@ -20,6 +20,7 @@ type raw struct {
 	file   *File
 	size   int64
 	active bool
+	fixed  bool        // see Extent; not where an activation drops the page cache
 	sparse atomic.Bool // worth asking for holes
 	full   *full       // where there are none; nil where asking never waits
 
@@ -31,7 +32,7 @@ var (
 )
 
 func (r *rawFormat) content(f *File, size int64, active bool) *raw {
-	c := &raw{rawFormat: r, file: f, size: size, active: active}
+	c := &raw{rawFormat: r, file: f, size: size, active: active, fixed: !r.image.dropsCache(f)}
 	if t := f.Traits(); !t.Tmpfs && !t.BlockDevice {
 		c.full = newFull(size)
 	}
@@ -81,7 +82,7 @@ func (r *raw) Map(p *Plan, off, n int64, mode Mode) error {
 		return r.image.fail("read", errPastEnd)
 	}
 	if mode&FindHoles == 0 || n < holeMin || !r.sparse.Load() {
-		p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n, Fixed: true})
+		p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n, Fixed: r.fixed})
 		return nil
 	}
 	return r.findHoles(p, off, n, mode)
@@ -92,7 +93,7 @@ func (r *raw) Map(p *Plan, off, n int64, mode Mode) error {
 func (r *raw) findHoles(p *Plan, off, n int64, mode Mode) error {
 	if r.full != nil {
 		if r.full.has(off, n) {
-			p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n, Fixed: true})
+			p.Extents = append(p.Extents, Extent{Kind: Data, File: r.file, Offset: off, Length: n, Fixed: r.fixed})
 			return nil
 		}
 		if mode&MayBlock == 0 {
@@ -104,7 +105,7 @@ func (r *raw) findHoles(p *Plan, off, n int64, mode Mode) error {
 		if len(p.Extents) < maxHoles-1 {
 			next, hole = r.file.extent(off, end)
 		}
-		e := Extent{Kind: Data, File: r.file, Offset: off, Length: next - off, Fixed: true}
+		e := Extent{Kind: Data, File: r.file, Offset: off, Length: next - off, Fixed: r.fixed}
 		if hole {
 			e = Extent{Kind: Zero, Length: next - off}
 		} else if r.full != nil && next-off >= r.full.chunk {
