@@ -26,11 +26,10 @@ var causes = map[string]string{
 // machine. Printed with the misses.
 const handoverCauses = `What limits the misses:
 
-- Idle, and on tmpfs: two commands that do nothing take 0.43 ms on our sockets and 0.85 ms on QEMU's, which is a
-  machine that is slow to wake a process. Of the rest, some 0.46 ms on tmpfs, half are the two renames of the owner
-  record with the looks at it before, a quarter is opening and locking. QEMU writes no record.
-- Idle on ext4, by the difference to tmpfs: 0.35 ms are an fdatasync with nothing dirty, and 0.5 ms the renames,
-  for which ext4 allocates blocks at once (allocating them before gained nothing).
-- Reads: their longest gap is as long between handovers, so it is the load's, or the machine's, not the handover's.
-- 10,000 writes/s on ext4: the median is half of the goal; the p99 of 70 is the worst of them.
+- Idle, and on tmpfs: two commands that do nothing take 0.24 to 0.3 ms on our sockets, of which a bare echo in Go
+  is 0.19, and 0.5 on QEMU's, which is a machine that is slow to wake a process. Of the rest half is the owner
+  record, which is written twice; QEMU writes none. Exchanging the record instead of renaming over it, looking at
+  it by one stat, and leaving out a sync that has nothing to do halved the pair on ext4.
+- Reads, as many writes as it takes: their longest gap is as long between handovers, so it is the load's, or the
+  machine's, not the handover's.
 `
