@@ -47,10 +47,15 @@ func sectorOf(number uint64, sector int64) []byte {
 	return b
 }
 
-func newHistory(im *Image, events func() int) *history {
+// newHistory begins with what is on the disk already.
+func newHistory(t *testing.T, im *Image, events func() int) *history {
+	t.Helper()
 	h := &history{im: im, events: events, sectors: make([][]stamp, im.Size()/512)}
-	for i := range h.sectors {
-		h.sectors[i] = []stamp{{acked: true}}
+	disk := readAll(t, im)
+	for s := range h.sectors {
+		number := binary.BigEndian.Uint64(disk[s*512:])
+		h.sectors[s] = []stamp{{number: number, acked: true}}
+		h.next = max(h.next, number)
 	}
 	return h
 }
@@ -235,13 +240,7 @@ func TestCrashStates(t *testing.T) {
 				rng := rand.New(rand.NewPCG(seed, 11))
 				f := make(t)
 				im := opened(t, f, Options{L2Cache: 1})
-				h := newHistory(im, func() int { _, e := f.Events(); return len(e) })
-				// What is there already.
-				disk := readAll(t, im)
-				for s := range h.sectors {
-					h.sectors[s][0].number = binary.BigEndian.Uint64(disk[s*512:])
-					h.next = max(h.next, h.sectors[s][0].number)
-				}
+				h := newHistory(t, im, func() int { _, e := f.Events(); return len(e) })
 				im.alloc.least = 0 // so that what is freed is used again soon
 				f.Record()
 				if err := im.Begin(nil); err != nil {
@@ -302,12 +301,7 @@ func TestCrashStatesOfManyWriters(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			f := make(t)
 			im := opened(t, f, Options{L2Cache: 1})
-			h := newHistory(im, func() int { _, e := f.Events(); return len(e) })
-			disk := readAll(t, im)
-			for s := range h.sectors {
-				h.sectors[s][0].number = binary.BigEndian.Uint64(disk[s*512:])
-				h.next = max(h.next, h.sectors[s][0].number)
-			}
+			h := newHistory(t, im, func() int { _, e := f.Events(); return len(e) })
 			im.alloc.least = 0
 			f.Record()
 			if err := im.Begin(nil); err != nil {
