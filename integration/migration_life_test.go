@@ -90,6 +90,9 @@ type life struct {
 	read   int            // of them, those whose output is in said for good
 	said   ledger
 	moves  int
+	// leaks: an exporter was killed, perhaps when it had counted clusters and not
+	// yet named them.
+	leaks bool
 }
 
 // newLife makes an image, starts an exporter of each kind, the first as its
@@ -414,10 +417,17 @@ func (l *life) finish() {
 		}
 	}
 	wantLocks(l, l.image, nil)
-	l.format.check(l, l.image)
+	l.format.check(l, l.image, l.leaks)
 	content := l.format.content(l, l.image)
 	run(l, "e2fsck", "-f", "-n", content)
 	l.nothingLost()
+}
+
+// killExporter ends a side's exporter where it stands.
+func (l *life) killExporter(s *side) {
+	l.Helper()
+	l.leaks = true
+	s.exp.kill()
 }
 
 // consoles requires that no kernel saw an error of the disk.

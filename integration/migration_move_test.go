@@ -169,7 +169,7 @@ func (m *move) takeBack() {
 func (m *move) killExporter(s *side) {
 	m.l.Helper()
 	m.l.step("side %s: kill the exporter", s.name)
-	s.exp.kill()
+	m.l.killExporter(s)
 }
 
 // goOnWithout finishes a migration whose source's exporter was killed when all
