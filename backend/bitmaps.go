@@ -28,6 +28,17 @@ func (o *Owned) Bitmaps() ([]Bitmap, error) {
 	return nil, nil
 }
 
+// ActiveBitmaps are those of an image that is active, in the order in which they
+// stand in it, and none of another. It reads those that nobody has asked for
+// yet, waits for no transition, and is called as Bitmaps is. What cannot be read
+// is inconsistent, and the error says why.
+func (o *Owned) ActiveBitmaps() ([]Bitmap, error) {
+	if q, ok := o.cur.Load().content.(*qcow); ok && q.active {
+		return q.bitmaps()
+	}
+	return nil, nil
+}
+
 // BitmapStatus implements Image.
 func (o *Owned) BitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error) {
 	if b, ok := o.cur.Load().content.(bitmapped); ok {
@@ -42,14 +53,11 @@ func (q *qcow) bitmaps() ([]Bitmap, error) {
 		return q.storedBitmaps()
 	}
 	infos, err := q.disk.BitmapInfos()
-	if err != nil {
-		return nil, err
-	}
 	all := make([]Bitmap, len(infos))
 	for i, x := range infos {
 		all[i] = Bitmap(x)
 	}
-	return all, nil
+	return all, err
 }
 
 // storedBitmaps reads them anew.

@@ -11,10 +11,14 @@ import (
 // bitmapped is an image that can have dirty bitmaps; *backend.Owned is one.
 type bitmapped interface {
 	Bitmaps() ([]backend.Bitmap, error)
+	ActiveBitmaps() ([]backend.Bitmap, error)
 }
 
 // bitmaps are those of the image.
-func (t *Target) bitmaps() ([]backend.Bitmap, error) {
+func (t *Target) bitmaps() ([]backend.Bitmap, error) { return t.readBitmaps(bitmapped.Bitmaps) }
+
+// readBitmaps calls f under an admission, unless the image is closed.
+func (t *Target) readBitmaps(f func(bitmapped) ([]backend.Bitmap, error)) ([]backend.Bitmap, error) {
 	img, ok := t.Image.(bitmapped)
 	if !ok {
 		return nil, nil
@@ -22,7 +26,47 @@ func (t *Target) bitmaps() ([]backend.Bitmap, error) {
 	lane := t.Machine.Lane(nil, nil)
 	defer lane.Close()
 	defer lane.LeaveRead(lane.EnterRead())
-	return img.Bitmaps()
+	if lane.Stopping() {
+		return nil, state.ErrStopping
+	}
+	return f(img)
+}
+
+// dirtyBitmap is QEMU's BlockDirtyInfo.
+type dirtyBitmap struct {
+	Name         string `json:"name"`
+	Recording    bool   `json:"recording"`
+	Persistent   bool   `json:"persistent"`
+	Busy         bool   `json:"busy"`
+	Granularity  int64  `json:"granularity"`
+	Count        int64  `json:"count"` // bytes
+	Inconsistent bool   `json:"inconsistent,omitempty"`
+}
+
+// dirtyBitmaps are those of an image that is active, in QEMU's order, the newest
+// first. One is busy while it is exported.
+func (t *Target) dirtyBitmaps() (list []dirtyBitmap) {
+	all, _ := t.readBitmaps(bitmapped.ActiveBitmaps) // what cannot be read is inconsistent
+	exported := t.exportedBitmaps()
+	for _, b := range slices.Backward(all) {
+		list = append(list, dirtyBitmap{
+			Name: b.Name, Recording: b.Auto && !b.Inconsistent, Persistent: true, Busy: slices.Contains(exported, b.Name),
+			Granularity: b.Granularity, Count: b.Dirty, Inconsistent: b.Inconsistent,
+		})
+	}
+	return list
+}
+
+// exportedBitmaps are the names of those that its exports have.
+func (t *Target) exportedBitmaps() (names []string) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, e := range t.exports {
+		if e.served != nil {
+			names = append(names, e.served.Bitmaps...)
+		}
+	}
+	return names
 }
 
 // bitmap finds a bitmap of the image, nil for none.

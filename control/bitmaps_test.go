@@ -11,7 +11,7 @@ import (
 func TestBitmapsOfExports(t *testing.T) {
 	g := newGraph(t)
 	g.bitmaps = map[string][]backend.Bitmap{
-		"a": {{Name: "on", Auto: true}, {Name: "off"}, {Name: "bad", Auto: true, Inconsistent: true}},
+		"a": {{Name: "on", Auto: true, Granularity: 4096, Dirty: 8192}, {Name: "off", Granularity: 512, Dirty: 1024}, {Name: "bad", Auto: true, Inconsistent: true, Granularity: 512}},
 	}
 	g.start()
 	g.talk(
@@ -34,6 +34,14 @@ func TestBitmapsOfExports(t *testing.T) {
 	if got := g.config.NBD.exports.Lookup("w").Bitmaps; !slices.Equal(got, []string{"off", "on"}) {
 		t.Errorf("exported: %q", got)
 	}
+	want := []dirtyBitmap{
+		{Name: "bad", Persistent: true, Inconsistent: true, Granularity: 512},
+		{Name: "off", Persistent: true, Busy: true, Granularity: 512, Count: 1024},
+		{Name: "on", Persistent: true, Busy: true, Recording: true, Granularity: 4096, Count: 8192},
+	}
+	if got := g.target("n").dirtyBitmaps(); !slices.Equal(got, want) {
+		t.Errorf("dirty bitmaps %+v, want %+v", got, want)
+	}
 	g.talk(
 		`block-export-del {"id":"w"}`, "BLOCK_EXPORT_DELETED w", "ok",
 		`block-export-del {"id":"e"}`, "BLOCK_EXPORT_DELETED e", "ok",
@@ -44,6 +52,9 @@ func TestBitmapsOfExports(t *testing.T) {
 	)
 
 	a := g.target("n")
+	if got := a.dirtyBitmaps(); got != nil {
+		t.Errorf("dirty bitmaps of an inactive image: %+v", got)
+	}
 	for _, c := range []struct {
 		name string
 		own  bool

@@ -589,3 +589,11 @@ func TestIdentifyFileNode(t *testing.T) {
 }
 
 func (s *sized) Bitmaps() ([]backend.Bitmap, error) { return s.g.bitmaps[s.info.Path], nil }
+func (s *sized) ActiveBitmaps() ([]backend.Bitmap, error) {
+	s.g.mu.Lock()
+	defer s.g.mu.Unlock()
+	if !s.owner {
+		return nil, nil
+	}
+	return s.Bitmaps()
+}

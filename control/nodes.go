@@ -45,24 +45,25 @@ func wellFormed(id string) bool {
 
 // blockDevice is QEMU's BlockDeviceInfo.
 type blockDevice struct {
-	NodeName       string     `json:"node-name"`
-	File           string     `json:"file"`
-	RO             bool       `json:"ro"`
-	Drv            string     `json:"drv"`
-	BackingFile    string     `json:"backing_file,omitempty"`
-	BackingDepth   int        `json:"backing_file_depth"`
-	Active         bool       `json:"active"`
-	Encrypted      bool       `json:"encrypted"`
-	DetectZeroes   string     `json:"detect_zeroes"`
-	Bps            int        `json:"bps"`
-	BpsRd          int        `json:"bps_rd"`
-	BpsWr          int        `json:"bps_wr"`
-	Iops           int        `json:"iops"`
-	IopsRd         int        `json:"iops_rd"`
-	IopsWr         int        `json:"iops_wr"`
-	Image          imageInfo  `json:"image"`
-	Cache          blockCache `json:"cache"`
-	WriteThreshold int        `json:"write_threshold"`
+	NodeName       string        `json:"node-name"`
+	File           string        `json:"file"`
+	RO             bool          `json:"ro"`
+	Drv            string        `json:"drv"`
+	BackingFile    string        `json:"backing_file,omitempty"`
+	BackingDepth   int           `json:"backing_file_depth"`
+	Active         bool          `json:"active"`
+	Encrypted      bool          `json:"encrypted"`
+	DetectZeroes   string        `json:"detect_zeroes"`
+	Bps            int           `json:"bps"`
+	BpsRd          int           `json:"bps_rd"`
+	BpsWr          int           `json:"bps_wr"`
+	Iops           int           `json:"iops"`
+	IopsRd         int           `json:"iops_rd"`
+	IopsWr         int           `json:"iops_wr"`
+	Image          imageInfo     `json:"image"`
+	Cache          blockCache    `json:"cache"`
+	WriteThreshold int           `json:"write_threshold"`
+	DirtyBitmaps   []dirtyBitmap `json:"dirty-bitmaps,omitempty"`
 }
 
 type blockCache struct {
@@ -149,6 +150,8 @@ func (s *session) queryNodes(args) (any, error) {
 			}
 			if n == t.file {
 				d.Active = file
+			} else {
+				d.DirtyBitmaps = t.dirtyBitmaps()
 			}
 			if img, ok := t.Image.(hostImage); ok {
 				d.layers(img, n == t.file)

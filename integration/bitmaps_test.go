@@ -176,3 +176,76 @@ func runsOf(blocks []bool) (runs []dirtyRun) {
 	}
 	return runs
 }
+
+// What a script is told of bitmaps, it is told as by QEMU's daemon.
+func TestBitmapsOfNodes(t *testing.T) {
+	told := make(map[string][]string)
+	for _, kind := range managers {
+		m := startManager(t, kind)
+		image := filepath.Join(m.dir, "bits.qcow2")
+		run(t, "qemu-img", "create", "-q", "-f", "qcow2", image, "2M")
+		run(t, "qemu-img", "bitmap", "--add", image, "bad")
+		tryRun(t, "qemu-io", "-f", "qcow2", "-c", "write 0 512", "-c", "sigraise 9", image) // its owner dies
+		run(t, "qemu-img", "bitmap", "--add", "-g", "4k", image, "on")
+		run(t, "qemu-img", "bitmap", "--add", "--disable", image, "off")
+		run(t, "qemu-io", "-f", "qcow2", "-c", "write 100k 1k", image)
+		run(t, "qemu-img", "bitmap", "--merge", "on", image, "off")
+		ask := func() {
+			t.Helper()
+			list, _ := m.ask("query-named-block-nodes")["return"].([]any)
+			bitmaps := make(map[string]any)
+			for _, n := range list {
+				n := n.(map[string]any)
+				bitmaps[n["node-name"].(string)] = n["dirty-bitmaps"]
+			}
+			b, err := json.Marshal(bitmaps)
+			if err != nil {
+				t.Fatal(err)
+			}
+			told[kind] = append(told[kind], string(b))
+		}
+		m.must(
+			`blockdev-add {"driver":"file","node-name":"f","filename":"bits.qcow2","active":false}`,
+			`blockdev-add {"driver":"qcow2","node-name":"n","file":"f","active":false}`,
+			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}}}`,
+		)
+		ask()
+		m.must(`blockdev-set-active {"node-name":"n","active":true}`)
+		ask()
+		m.must(
+			`block-export-add {"type":"nbd","id":"e","node-name":"n","writable":true,"bitmaps":["on"]}`,
+			`block-export-add {"type":"nbd","id":"r","node-name":"n","name":"r","bitmaps":["off"]}`,
+		)
+		ask()
+		mustQemuIO(t, nbdURI("n", filepath.Join(m.dir, "nbd")), "write 1M 10k", "write -z 0 64k")
+		m.must(`block-export-del {"id":"e","mode":"hard"}`)
+		m.event("BLOCK_EXPORT_DELETED e")
+		ask()
+		m.must(`block-export-del {"id":"r","mode":"hard"}`)
+		m.event("BLOCK_EXPORT_DELETED r")
+		m.must(`blockdev-set-active {"node-name":"n","active":false}`)
+		ask()
+		m.must(
+			`blockdev-del {"node-name":"n"}`,
+			`blockdev-set-active {"node-name":"f","active":true}`,
+			`blockdev-add {"driver":"qcow2","node-name":"n","file":"f","read-only":true}`,
+		)
+		ask()
+		m.quit()
+	}
+	ours, theirs := told[managers[0]], told[managers[1]]
+	for i := range theirs {
+		// QEMU goes on to tell of an inconsistent one that it does not own any more.
+		if i == 4 {
+			theirs[i] = `{"f":null,"n":null}`
+		}
+		if ours[i] != theirs[i] {
+			t.Errorf("answer %d:\nours   %s\ntheirs %s", i, ours[i], theirs[i])
+		}
+	}
+	for _, s := range []string{`"busy":true,"count":65536`, `"busy":false,"count":81920`, `"inconsistent":true`, `"recording":true`} {
+		if !strings.Contains(ours[3], s) {
+			t.Errorf("%s lacks %s", ours[3], s)
+		}
+	}
+}

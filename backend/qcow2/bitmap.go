@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 	"sync"
@@ -26,16 +27,20 @@ type bitmaps struct {
 	closed atomic.Bool
 	auto   []*bitmap // those that writes mark
 
-	// mu is held while they are read, marked as in use, or stored. Before
-	// flusher.running.
-	mu     sync.Mutex
-	read   bool   // the directory was
-	raw    []byte // the directory as it is to be in the file
-	all    []*bitmap
-	memory int64 // bytes of bits
+	// storing is held while those of auto are marked as in use, or stored, and
+	// guards what is only about that: their tables, and the following.
+	storing sync.Mutex
+	raw     []byte // the directory as it is to be in the file
 	// unsettled: the file may have a directory that is not raw.
 	unsettled bool
 	gone      []hostRange // of former tables, which the file may still name
+
+	// mu is held while they are read, and never during a flush, so that whoever
+	// asks for them waits for no transition.
+	mu     sync.Mutex
+	read   bool // the directory was
+	all    []*bitmap
+	memory int64 // bytes of bits
 }
 
 // bitmap is one of them.
@@ -236,20 +241,20 @@ type BitmapInfo struct {
 }
 
 // BitmapInfos are the image's bitmaps, in the order of the directory. Of an
-// image that is not begun they are what was first read.
-func (im *Image) BitmapInfos() ([]BitmapInfo, error) {
+// image that is not begun they are what was first read. If the bits of some
+// cannot be read they are inconsistent, and the error says why.
+func (im *Image) BitmapInfos() (infos []BitmapInfo, err error) {
 	bs := &im.bitmaps
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
 	if err := im.readDirectory(); err != nil {
 		return nil, err
 	}
-	var infos []BitmapInfo
 	for _, b := range bs.all {
 		i := BitmapInfo{Name: b.Name, Granularity: 1 << b.Granularity, Auto: b.Auto, Inconsistent: b.InUse}
 		if im.trusted(b) == nil {
-			if err := im.readBits(b); err != nil {
-				return nil, err
+			if e := im.readBits(b); e != nil {
+				i.Inconsistent, err = true, errors.Join(err, e)
 			}
 			for w := range b.words {
 				i.Dirty += int64(bits.OnesCount64(atomic.LoadUint64(&b.words[w]))) << b.Granularity
@@ -257,7 +262,7 @@ func (im *Image) BitmapInfos() ([]BitmapInfo, error) {
 		}
 		infos = append(infos, i)
 	}
-	return infos, nil
+	return infos, err
 }
 
 // DirtyRuns calls yield with the runs of dirty and clean bytes that

@@ -226,6 +226,44 @@ func TestBitmapInfos(t *testing.T) {
 	}
 }
 
+// TestBitmapsAreToldAtAnyTime: also while they are marked as in use, and stored.
+func TestBitmapsAreToldAtAnyTime(t *testing.T) {
+	f := loaded(t, withBitmaps(t, 1<<20, 9, "cluster_size=512"))
+	im := begun(t, f, Options{})
+	syncs := 0
+	f.AfterSync = func() {
+		syncs++
+		infos, err := im.BitmapInfos()
+		if err != nil || infos[0].Dirty > 512 || len(infos) != 2 {
+			t.Errorf("%v %+v", err, infos)
+		}
+		if err := im.DirtyRuns("on", 0, 1<<20, func(int64, bool) bool { return true }); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := errors.Join(im.writeAt(make([]byte, 1), 0), im.Settle()); err != nil {
+		t.Fatal(err)
+	}
+	if syncs < 5 {
+		t.Errorf("%d syncs", syncs)
+	}
+}
+
+// TestBitmapsThatCannotBeRead are inconsistent, and the others are told.
+func TestBitmapsThatCannotBeRead(t *testing.T) {
+	path := withBitmaps(t, 1<<20, 16, "cluster_size=4k")
+	program(t, "qemu-io", "-f", "qcow2", "-c", "write 70k 1k", path)
+	qemuImg(t, "bitmap", "--merge", "on", path, "off")
+	f := loaded(t, path)
+	im := begun(t, f, Options{})
+	f.FailRead = func(int64, int64) error { return unix.EIO }
+	got, err := im.BitmapInfos()
+	want := []BitmapInfo{{"on", 1 << 16, true, false, 1 << 16}, {"off", 1 << 16, false, true, 0}}
+	if !errors.Is(err, unix.EIO) || !slices.Equal(got, want) {
+		t.Errorf("%v %+v", err, got)
+	}
+}
+
 func TestBitmapsCostNothingWithoutChanges(t *testing.T) {
 	path := withBitmaps(t, 1<<20, 9, "cluster_size=4k")
 	f := loaded(t, path)

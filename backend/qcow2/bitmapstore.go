@@ -8,8 +8,8 @@ import (
 // durably marked as in use afterwards.
 func (im *Image) openBitmaps() error {
 	bs := &im.bitmaps
-	bs.mu.Lock()
-	defer bs.mu.Unlock()
+	bs.storing.Lock()
+	defer bs.storing.Unlock()
 	if !bs.closed.Load() {
 		return nil
 	}
@@ -54,8 +54,8 @@ func (im *Image) writeDirectory() error {
 // Of an image that was marked corrupt they stay in use.
 func (im *Image) settleBitmaps() error {
 	bs := &im.bitmaps
-	bs.mu.Lock()
-	defer bs.mu.Unlock()
+	bs.storing.Lock()
+	defer bs.storing.Unlock()
 	if !bs.unsettled || im.broken.Load() {
 		return nil
 	}

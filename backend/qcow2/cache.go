@@ -47,7 +47,7 @@ type table struct {
 
 // cache is what of the L2 tables is in memory.
 //
-// Lock order: bitmaps.mu, Image.tables, flusher.running, allocator.filling (during I/O);
+// Lock order: bitmaps.storing, Image.tables, flusher.running, allocator.filling (during I/O);
 // cache.mu, slice.mu, cache.dirtyMu, refcounts.mu, freeing.mu (never during
 // I/O).
 type cache struct {
