@@ -35,7 +35,8 @@ import (
 //	 4. When the input has no complete request left, or the replies reach
 //	    what is sent at once, they go out in one send (conn.flush). What the socket does not
 //	    take is queued (outgoing.go); receiving goes on until the connection's
-//	    share of the memory is used up.
+//	    share of the memory is used up. Between two batches others get their turn
+//	    (yield.go).
 //
 // An admission is held from the gate's verdict to the end of the storage I/O,
 // and never across a wait for memory or for a client. Nor is memory that
@@ -112,6 +113,7 @@ type conn struct {
 	plan     backend.Plan
 	batch    batch
 	sequence sequence
+	turns    turns
 	deep     int          // how many more reply buffers are to be deep ones
 	gaps     []gap        // of the reply buffer
 	pinned   []pinnedRead // the first pins of them have gaps
@@ -174,6 +176,7 @@ func (c *conn) serve() error {
 	for err == nil {
 		if err = c.process(); err == nil {
 			c.flush()
+			c.yield()
 			err = c.fill()
 		}
 	}
@@ -218,6 +221,7 @@ func (c *conn) close(cause error) {
 	c.out.fail(net.ErrClosed)
 	<-c.out.flushed() // the sender uses no buffer any more
 	c.releaseBuffers()
+	c.turns.close()
 	c.lane.Close()
 }
 

@@ -99,7 +99,10 @@ func spins() bool { return runtime.NumCPU() > 1 && runtime.GOMAXPROCS(0) > 1 }
 func (c *conn) maySpin() bool { return c.tasks.Load() == 0 && c.e.alone() }
 
 // alone reports whether at most one connection has received anything of late.
-func (e *Engine) alone() bool {
+func (e *Engine) alone() bool { return e.crowd() <= 1 }
+
+// crowd is how many connections have.
+func (e *Engine) crowd() int {
 	now := int64(clock())
 	if next := e.nextCount.Load(); now >= next && e.nextCount.CompareAndSwap(next, now+int64(crowdEvery)) {
 		busy := int32(0)
@@ -113,5 +116,5 @@ func (e *Engine) alone() bool {
 		e.mu.Unlock()
 		e.busy.Store(busy)
 	}
-	return e.busy.Load() <= 1
+	return int(e.busy.Load())
 }
