@@ -44,6 +44,7 @@ type Engine struct {
 	// How many connections are busy: see alone.
 	nextCount atomic.Int64 // when they are to be counted, by clock
 	busy      atomic.Int32
+	reading   atomic.Int32 // receiving goroutines in readHere
 
 	mu      sync.Mutex // leaf
 	conns   map[*conn]struct{}

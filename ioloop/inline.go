@@ -54,7 +54,7 @@ func (c *conn) read(r *Request) error {
 			return errGone
 		}
 		t.ahead = c.aheadOf(r)
-		c.start(t)
+		c.startRead(t)
 		return nil
 	}
 	c.replyError(r, err)
@@ -149,7 +149,7 @@ func (c *conn) readLarge(r *Request) error {
 		t.sendData()
 	case backend.ErrWait:
 		t.ahead = c.aheadOf(r)
-		c.start(t)
+		c.startRead(t)
 	default:
 		t.free()
 		c.replyError(r, err)

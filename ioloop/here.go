@@ -1,0 +1,53 @@
+package ioloop
+
+// A client that has one request under way gains nothing by its read being taken
+// to the ring or to a worker, and loses two or three wake-ups. Its receiving
+// goroutine reads by itself, and waits for the device: nothing else is to be
+// received, and nothing to be sent.
+//
+// 4 KiB O_DIRECT reads at depth 1, virtual disk, two cores, four runs by turns, by
+// the ring and so: 6.1k to 11.1k operations/s at 38 to 74 us of processor time, and
+// 8.2k to 10.1k at 37 to 53. The disk itself gives fio 11.9k.
+
+// singleAt is how many requests must have come one by one: what a client asks
+// while its read waits here waits with it.
+const singleAt = 32
+
+// startRead is start for a read that is to wait for a device.
+func (c *conn) startRead(t *task) {
+	if c.r < c.w || c.peeker == nil || t.req.Length > inlineLarge || c.busy() {
+		c.single = 0
+	} else if c.single++; c.single > singleAt && c.e.mayRead() {
+		c.readHere(t)
+		return
+	}
+	c.start(t)
+}
+
+// busy reports whether there is a task whose I/O has not ended.
+func (c *conn) busy() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.first != nil
+}
+
+// mayRead keeps the threads that wait for devices within what workers may be.
+func (e *Engine) mayRead() bool {
+	if int(e.reading.Add(1)) <= e.sched.limit {
+		return true
+	}
+	e.reading.Add(-1)
+	return false
+}
+
+// readHere runs a read in the receiving goroutine. mayRead has let it.
+func (c *conn) readHere(t *task) {
+	c.flush()
+	c.list(t)
+	err := t.fetch(false)
+	c.e.reading.Add(-1)
+	if c.peeker.pending() > 0 {
+		c.single = 0 // it had more to ask
+	}
+	t.conclude(err)
+}
