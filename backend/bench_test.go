@@ -154,3 +154,25 @@ func TestNoAllocations(t *testing.T) {
 		}
 	})
 }
+
+// BenchmarkOwnership is an image that is taken, written and let go, by format.
+func BenchmarkOwnership(b *testing.B) {
+	dir := shmDir(b)
+	raw := writeFile(b, dir, pattern(64<<20, 1))
+	images := map[string]string{"raw": raw, "qcow2": dir + "/q"}
+	qemuImg(b, "convert", "-f", "raw", "-O", "qcow2", raw, images["qcow2"])
+	p := make([]byte, 4096)
+	for format, path := range images {
+		b.Run(format, func(b *testing.B) {
+			o, err := Open(Options{Path: path, Format: format})
+			must(b, err)
+			defer o.Close()
+			b.ReportAllocs()
+			for b.Loop() {
+				must(b, activate(o, false))
+				must(b, write(o, 4096, p, false))
+				must(b, inactivate(o))
+			}
+		})
+	}
+}

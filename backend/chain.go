@@ -28,7 +28,7 @@ type chain struct {
 	// writes it.
 	taken func(f *File, writes bool) error
 
-	roots   []string // directories
+	roots   []string // directories; found when the first name is followed
 	files   []*File
 	links   []*Link // the images among them, that in front first
 	backing int64   // qcow2 images behind the first
@@ -56,6 +56,18 @@ func (c *chain) open(f *File, path string) (im *qcow2.Image, err error) {
 			c.close()
 		}
 	}()
+	c.files = []*File{f}
+	im, err = c.image(f, path)
+	if err != nil || c.opts.Snapshot == "" {
+		return im, err
+	}
+	return im.Snapshot(c.opts.Snapshot)
+}
+
+// findRoots fills roots, which takes a look at every directory on the way there:
+// most images lead nowhere and do without.
+func (c *chain) findRoots() (err error) {
+	f, path := c.files[0], c.links[0].Path
 	for _, dir := range append([]string{filepath.Dir(path)}, c.opts.AllowBacking...) {
 		if dir, err := filepath.EvalSymlinks(dir); err == nil {
 			c.roots = append(c.roots, dir)
@@ -67,15 +79,10 @@ func (c *chain) open(f *File, path string) (im *qcow2.Image, err error) {
 	}
 	for i, dir := range c.roots {
 		if c.roots[i], err = filepath.Abs(dir); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	c.files = []*File{f}
-	im, err = c.image(f, path)
-	if err != nil || c.opts.Snapshot == "" {
-		return im, err
-	}
-	return im.Snapshot(c.opts.Snapshot)
+	return nil
 }
 
 // close closes all files but the first.
@@ -154,6 +161,11 @@ func (c *chain) behind(path string, h *qcow2.Header) (qcow2.Backing, error) {
 // follow opens the file that the image at path names, and returns its path.
 func (c *chain) follow(path, what, name string, how openHow) (*File, string, error) {
 	refuse := func(err error) error { return &ChainError{path, what, name, err} }
+	if c.roots == nil {
+		if err := c.findRoots(); err != nil {
+			return nil, "", err
+		}
+	}
 	below, target, err := c.resolve(path, name)
 	if err != nil {
 		return nil, "", refuse(err)

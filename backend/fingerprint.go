@@ -14,7 +14,7 @@ import (
 // device, but for those of a format's tables.
 type fingerprint struct {
 	files  []filePrint
-	tables [32]byte // see content
+	tables uint64 // see content
 }
 
 type filePrint struct {

@@ -1,7 +1,7 @@
 package backend
 
 import (
-	"crypto/sha256"
+	"hash/maphash"
 	"io/fs"
 	"sync/atomic"
 
@@ -378,21 +378,31 @@ func (q *qcow) resize(size int64) (content, error) {
 	return q, nil
 }
 
-// tables implements content: header, L1 table and refcount table.
-func (q *qcow) tables() (sum [32]byte, err error) {
+// tablesSeed makes the hashes of tables comparable within this process, which
+// alone compares them.
+var tablesSeed = maphash.MakeSeed()
+
+// tables implements content: header, L1 table and refcount table. It is called
+// while the gate is closed: with SHA-256 it took 100 us of a handover, so 30.
+func (q *qcow) tables() (sum uint64, err error) {
 	h := q.disk.Header()
-	hash := sha256.New()
+	var hash maphash.Hash
+	hash.SetSeed(tablesSeed)
+	b := make([]byte, 16<<10)
 	for _, part := range [...]struct{ off, n int64 }{
 		{0, h.Geometry().ClusterSize()},
 		{h.L1Offset, int64(h.L1Entries) * 8},
 		{h.RefcountOffset, h.RefcountLength << h.ClusterBits},
 	} {
 		// The first cluster may be cut off in a file without any data.
-		b := make([]byte, max(0, min(part.n, q.file.Length()-part.off)))
-		if err := q.file.ReadAt(b, part.off); err != nil {
-			return sum, err
+		end := min(part.off+part.n, q.file.Length())
+		for off := part.off; off < end; off += int64(len(b)) {
+			piece := b[:min(int64(len(b)), end-off)]
+			if err := q.file.ReadAt(piece, off); err != nil {
+				return 0, err
+			}
+			_, _ = hash.Write(piece)
 		}
-		hash.Write(b)
 	}
-	return [32]byte(hash.Sum(nil)), nil
+	return hash.Sum64(), nil
 }

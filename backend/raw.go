@@ -208,7 +208,7 @@ func (r *raw) begin(func(done, total int64)) error { return nil }
 func (r *raw) unbegin() error { return nil }
 
 // tables implements content; raw has none.
-func (r *raw) tables() ([32]byte, error) { return [32]byte{}, nil }
+func (r *raw) tables() (uint64, error) { return 0, nil }
 
 // freeze implements content.
 func (r *raw) freeze() {}

@@ -66,7 +66,7 @@ type content interface {
 	resize(size int64) (content, error)
 	// tables returns a hash of what says where the image's bytes are, for its
 	// fingerprint.
-	tables() ([32]byte, error)
+	tables() (uint64, error)
 	// freeze ends all writing that no request asks for; what was not written
 	// is lost. Reads may go on.
 	freeze()

@@ -136,13 +136,6 @@ func (e *BitmapEntry) bits(size int64) int64 {
 
 // readBitmapTable reads the table of a bitmap, decoded.
 func readBitmapTable(f File, e *BitmapEntry) ([]uint64, error) {
-	raw := make([]byte, 8*e.TableEntries)
-	if err := f.ReadAt(raw, e.TableOffset); err != nil {
-		return nil, err
-	}
 	t := make([]uint64, e.TableEntries)
-	for i := range t {
-		t[i] = binary.BigEndian.Uint64(raw[8*i:])
-	}
-	return t, nil
+	return t, readWords(f, t, e.TableOffset)
 }

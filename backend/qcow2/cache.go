@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"sync"
 	"sync/atomic"
-	"unsafe"
 )
 
 // L2 tables are kept in slices of up to sliceSize bytes. Who reads an entry
@@ -279,14 +278,8 @@ func (im *Image) crowded() bool {
 
 // readSlice reads and checks a slice.
 func (im *Image) readSlice(s *slice) error {
-	// Read into place: with a buffer beside it the garbage of reading a large
-	// image's tables is as large as they are.
-	raw := unsafe.Slice((*byte)(unsafe.Pointer(&s.words[0])), 8*len(s.words))
-	if err := im.f.ReadAt(raw, s.off()); err != nil {
+	if err := readWords(im.f, s.words, s.off()); err != nil {
 		return err
-	}
-	for i := range s.words {
-		s.words[i] = binary.BigEndian.Uint64(raw[8*i:])
 	}
 	if i, what := im.badCell(s); what != "" {
 		return im.odd("entry %d of the L2 table at %#x: %s", s.index<<im.sliceBits+int64(i), s.table.off, what)

@@ -1,6 +1,10 @@
 package qcow2
 
-import "errors"
+import (
+	"encoding/binary"
+	"errors"
+	"unsafe"
+)
 
 // ErrWait is returned by Map and Prepare without MayBlock when the answer
 // needs a table that is not in memory, another request's allocation, or a
@@ -79,4 +83,18 @@ type Extent struct {
 	// decides, 0 for this one.
 	Allocated bool
 	Depth     int
+}
+
+// readWords fills words, of which there is at least one, with the big-endian ones
+// that f has from off. They are read into place: with a buffer beside it the
+// garbage of reading a large image's tables is as large as they are.
+func readWords(f File, words []uint64, off int64) error {
+	raw := unsafe.Slice((*byte)(unsafe.Pointer(&words[0])), 8*len(words))
+	if err := f.ReadAt(raw, off); err != nil {
+		return err
+	}
+	for i := range words {
+		words[i] = binary.BigEndian.Uint64(raw[8*i:])
+	}
+	return nil
 }

@@ -204,27 +204,23 @@ func ReadHeader(f File) (*Header, error) {
 	}
 
 	// The rest is in the first cluster, which may be cut off in a file
-	// without any data.
-	first := make([]byte, min(cluster, f.Length()))
-	if err := f.ReadAt(first, 0); err != nil {
-		return nil, err
-	}
-	if h.Length > len(first) {
-		return nil, damaged("its header of %d bytes is cut off", h.Length)
-	}
-	end := int64(len(first))
-	if off, n := be.Uint64(fixed[8:]), be.Uint32(fixed[16:]); off != 0 {
-		if n > maxBackingName || off > uint64(end) || uint64(n) > uint64(end)-off || off < uint64(h.Length) {
-			return nil, damaged("the backing file's name (%d bytes at %d) does not lie in the first cluster", n, off)
+	// without any data. Hardly ever is more of it used than this.
+	whole := min(cluster, f.Length())
+	for n := min(headerGuess, whole); ; n = whole {
+		first := make([]byte, n)
+		if err := f.ReadAt(first, 0); err != nil {
+			return nil, err
 		}
-		h.Backing, h.BackingOffset = string(first[off:off+uint64(n)]), int64(off)
-		if strings.ContainsRune(h.Backing, 0) {
-			return nil, damaged("the backing file's name has a zero byte")
+		with := *h
+		ended, err := with.readRest(first, damaged)
+		if n < whole && (err != nil || !ended) {
+			continue
 		}
-		end = int64(off)
-	}
-	if err := h.readExtensions(first[h.Length:end], damaged); err != nil {
-		return nil, err
+		if err != nil {
+			return nil, err
+		}
+		h = &with
+		break
 	}
 	if unknown := h.Incompatible &^ knownIncompatible; unknown != 0 {
 		var names []string
@@ -276,17 +272,44 @@ func ReadHeader(f File) (*Header, error) {
 	return h, nil
 }
 
-// readExtensions decodes the extensions in b.
-func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) error {
+// headerGuess is how many bytes of the first cluster are read at first: all of a
+// cluster of 64 KiB, twice in a handover, was a third of what that allocated.
+const headerGuess = 4 << 10
+
+// readRest reads, from the first bytes of the file, what stands behind the fixed
+// part of the header. ended says that there was no sign of more beyond them.
+func (h *Header) readRest(first []byte, damaged func(string, ...any) error) (ended bool, err error) {
+	if h.Length > len(first) {
+		return false, damaged("its header of %d bytes is cut off", h.Length)
+	}
+	be := binary.BigEndian
+	end := int64(len(first))
+	if off, n := be.Uint64(first[8:]), be.Uint32(first[16:]); off != 0 {
+		if n > maxBackingName || off > uint64(end) || uint64(n) > uint64(end)-off || off < uint64(h.Length) {
+			return false, damaged("the backing file's name (%d bytes at %d) does not lie in the first cluster", n, off)
+		}
+		h.Backing, h.BackingOffset = string(first[off:off+uint64(n)]), int64(off)
+		if strings.ContainsRune(h.Backing, 0) {
+			return false, damaged("the backing file's name has a zero byte")
+		}
+		end = int64(off)
+	}
+	ended, err = h.readExtensions(first[h.Length:end], damaged)
+	return ended || end < int64(len(first)), err
+}
+
+// readExtensions decodes the extensions in b. ended says that there was their
+// end.
+func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) (ended bool, err error) {
 	be := binary.BigEndian
 	for len(b) >= 8 {
 		typ, n := be.Uint32(b), int64(be.Uint32(b[4:]))
 		if typ == extEnd {
-			return nil
+			return true, nil
 		}
 		b = b[8:]
 		if n > int64(len(b)) {
-			return damaged("header extension %#x of %d bytes reaches past the header", typ, n)
+			return false, damaged("header extension %#x of %d bytes reaches past the header", typ, n)
 		}
 		e := Extension{Type: typ, Data: bytes.Clone(b[:n])}
 		h.Extensions = append(h.Extensions, e)
@@ -304,7 +327,7 @@ func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) er
 			}
 		case extBitmaps:
 			if n != 24 {
-				return damaged("its bitmaps extension has %d bytes instead of 24", n)
+				return false, damaged("its bitmaps extension has %d bytes instead of 24", n)
 			}
 			h.Bitmaps = &BitmapsExtension{
 				Count:           int(be.Uint32(e.Data)),
@@ -313,5 +336,5 @@ func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) er
 			}
 		}
 	}
-	return nil
+	return false, nil
 }

@@ -1,6 +1,8 @@
 package qcow2
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"os/exec"
@@ -9,6 +11,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend/qcow2/memfile"
 )
 
 // osFile is a File for reading.
@@ -114,6 +118,41 @@ func TestReadHeaderOfQEMUsImages(t *testing.T) {
 				t.Errorf("feature names %v", h.FeatureNames)
 			}
 		})
+	}
+}
+
+// A header of which the first 4 KiB do not hold all: extensions that end at, or go
+// on beyond them, and a backing file's name that lies there.
+func TestReadHeaderThatIsLong(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "a.qcow2")
+	qemuImg(t, "create", "-q", "-f", "qcow2", path, "1G")
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	be := binary.BigEndian
+	extension := func(b []byte, typ uint32, data []byte) []byte {
+		b = be.AppendUint32(be.AppendUint32(b, typ), uint32(len(data)))
+		return append(append(b, data...), make([]byte, (8-len(data)%8)%8)...)
+	}
+	for _, filler := range []int{1, 3000, headerGuess - headerLength3 - 24, headerGuess - headerLength3 - 8, headerGuess, 20000} {
+		b := append([]byte(nil), good[:headerLength3]...)
+		be.PutUint32(b[100:], headerLength3)
+		b = extension(b, 0x12345678, bytes.Repeat([]byte{7}, filler))
+		b = extension(b, extBackingFormat, []byte("raw"))
+		b = extension(b, extBitmaps, be.AppendUint64(be.AppendUint64(be.AppendUint64(nil, 1<<32), 32), 0x50000))
+		b = extension(b, extEnd, nil)
+		be.PutUint64(b[8:], uint64(len(b)))
+		be.PutUint32(b[16:], 8)
+		b = append(b, "base.raw"...)
+		h, err := ReadHeader(memfile.New("long", append(b, good[len(b):]...)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if h.Backing != "base.raw" || h.BackingFormat != "raw" || h.Bitmaps == nil || h.Bitmaps.DirectoryOffset != 0x50000 || len(h.Extensions) != 3 {
+			t.Errorf("with %d bytes before: %+v", filler, h)
+		}
 	}
 }
 

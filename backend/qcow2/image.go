@@ -1,7 +1,6 @@
 package qcow2
 
 import (
-	"encoding/binary"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -102,17 +101,10 @@ func (im *Image) readL1(off int64) error {
 	if len(im.l1) == 0 {
 		return nil
 	}
-	raw := make([]byte, 8*len(im.l1))
-	if off > im.f.Length()-int64(len(raw)) {
+	if off > im.f.Length()-8*int64(len(im.l1)) {
 		return im.damaged("its L1 table reaches past the end of the file")
 	}
-	if err := im.f.ReadAt(raw, off); err != nil {
-		return err
-	}
-	for i := range im.l1 {
-		im.l1[i] = binary.BigEndian.Uint64(raw[8*i:])
-	}
-	return nil
+	return readWords(im.f, im.l1, off)
 }
 
 // Size of the guest's disk in bytes.

@@ -1,9 +1,6 @@
 package qcow2
 
-import (
-	"encoding/binary"
-	"sync"
-)
+import "sync"
 
 // blocksKept is how many bytes of refcount blocks are kept in memory while
 // they are clean; those in use or dirty are kept besides.
@@ -130,16 +127,12 @@ func (im *Image) readRefcountTable() error {
 	if im.h.RefcountOffset > im.f.Length()-n {
 		return im.damaged("its refcount table reaches past the end of the file")
 	}
-	raw := make([]byte, n)
-	if err := im.f.ReadAt(raw, im.h.RefcountOffset); err != nil {
+	table := make([]uint64, n/8)
+	if err := readWords(im.f, table, im.h.RefcountOffset); err != nil {
 		return err
 	}
 	r := &im.refs
-	r.table = make([]uint64, n/8)
-	for i := range r.table {
-		r.table[i] = binary.BigEndian.Uint64(raw[8*i:])
-	}
-	r.offset = im.h.RefcountOffset
+	r.table, r.offset = table, im.h.RefcountOffset
 	r.blocks = make(map[int64]*refblock)
 	return nil
 }
