@@ -10,6 +10,8 @@ import (
 	"syscall"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/nbd-export/nbd-export/client"
 )
 
@@ -156,7 +158,7 @@ func (f *Follower) read(side int) error {
 				break
 			}
 		}
-		time.Sleep(ReadEvery)
+		nap(ReadEvery)
 	}
 	return nil
 }
@@ -224,6 +226,13 @@ func (f *Follower) pace() {
 	}
 }
 
+// nap is time.Sleep to 0.1 ms: with nothing else to do the runtime waits for whole
+// milliseconds, which is longer than what is measured.
+func nap(d time.Duration) {
+	t := unix.NsecToTimespec(int64(d))
+	_ = unix.Nanosleep(&t, nil) // too short if a signal comes: that is no harm
+}
+
 func (f *Follower) where() (side int, settled chan struct{}) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -255,7 +264,7 @@ func (f *Follower) find(put func(side int) error) error {
 		}
 		side = 1 - side
 		if tries%2 == 0 {
-			time.Sleep(probeEvery)
+			nap(probeEvery)
 		}
 	}
 	now := client.Now()
