@@ -45,6 +45,8 @@ type Follower struct {
 	readGap atomic.Int64    // longest since ReadGap was called, ns
 	due     atomic.Int64    // when the next paced write is
 
+	writing sync.RWMutex // read-locked by who has a write under way; see Hold
+
 	mu      sync.Mutex
 	side    int           // that took writes last
 	settled chan struct{} // while it is sought: closed when it is found
@@ -133,6 +135,13 @@ func (f *Follower) WriteGap(ctx context.Context, to int) (time.Duration, error) 
 	}
 }
 
+// Hold returns when no write is under way, and none begins until resume is called,
+// as it has to be. Reads go on.
+func (f *Follower) Hold() (resume func()) {
+	f.writing.Lock()
+	return f.writing.Unlock
+}
+
 // ReadGap is the longest time for which either exporter answered no read, of those
 // that ended since it was last called or have not ended yet.
 func (f *Follower) ReadGap() time.Duration {
@@ -178,6 +187,8 @@ func (f *Follower) write(i int) error {
 		f.pace()
 		off := f.somewhere(rng)
 		put := func(side int) error {
+			f.writing.RLock()
+			defer f.writing.RUnlock()
 			_, err := f.conns[side][conn].WriteAt(buf, off, false)
 			return err
 		}

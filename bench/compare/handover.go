@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -17,6 +18,7 @@ import (
 // handoverCell is a medium and a load under which ownership of an image goes
 // back and forth between two exporters.
 type handoverCell struct {
+	Format string  `json:"format"` // of the image
 	Medium string  `json:"medium"` // onTmpfs or onDisk
 	Load   string  `json:"load"`
 	Conns  int     `json:"conns"` // of 4k random writes; 0: none
@@ -26,24 +28,41 @@ type handoverCell struct {
 	Goal float64 `json:"goal"`
 }
 
-const onDisk = "disk"
+const (
+	onDisk     = "disk"
+	formatRaw  = "raw"
+	formatQcow = "qcow2"
+)
 
 // handoverCells are all of them.
 var handoverCells = []handoverCell{
-	{onTmpfs, "idle", 0, 0, 0, 0.5},
-	{onTmpfs, "paced", 4, 32, 10000, 0.5},
-	{onTmpfs, "unpaced", 4, 32, 0, 0},
-	{onDisk, "idle", 0, 0, 0, 0.5},
-	{onDisk, "paced", 4, 32, 10000, 0.2},
-	{onDisk, "unpaced", 4, 32, 0, 0},
+	{formatRaw, onTmpfs, "idle", 0, 0, 0, 0.5},
+	{formatRaw, onTmpfs, "paced", 4, 32, 10000, 0.5},
+	{formatRaw, onTmpfs, "unpaced", 4, 32, 0, 0},
+	{formatRaw, onDisk, "idle", 0, 0, 0, 0.5},
+	{formatRaw, onDisk, "paced", 4, 32, 10000, 0.2},
+	{formatRaw, onDisk, "unpaced", 4, 32, 0, 0},
+	{formatQcow, onTmpfs, "paced", 4, 32, 10000, 0.5},
+	{formatQcow, onTmpfs, "unpaced", 4, 32, 0, 0},
+	{formatQcow, onDisk, "paced", 4, 32, 10000, 0.2},
+	{formatQcow, onDisk, "unpaced", 4, 32, 0, 0},
 }
 
 // ID is the cell's name on command lines and in raw figures.
-func (c handoverCell) ID() string { return "handover-" + c.Medium + "-" + c.Load }
+func (c handoverCell) ID() string {
+	id := "handover-" + c.Medium + "-" + c.Load
+	if c.Format == formatQcow {
+		id = "handover-" + formatQcow + strings.TrimPrefix(id, "handover")
+	}
+	return id
+}
 
 // Title is the cell's name in tables; fs is the disk's file system.
 func (c handoverCell) Title(fs string) string {
 	where := cmp.Or(map[string]string{onDisk: fs}[c.Medium], c.Medium)
+	if c.Format == formatQcow {
+		where = formatQcow + " on " + where
+	}
 	switch {
 	case c.Conns == 0:
 		return where + ", idle"
@@ -65,6 +84,7 @@ func (c handoverCell) pause() time.Duration {
 const (
 	handoverTurn  = 10 // handovers of one program before it is the other's turn
 	handoverImage = 256 << 20
+	handoverSpare = 3 // crashes of a program in a cell, after which it is spared
 	groupID       = "handover-group"
 	groupSize     = 1000
 	groupImage    = 1 << 20
@@ -77,8 +97,9 @@ const (
 type moves struct {
 	Cell     string          `json:"cell"`
 	Program  string          `json:"program"`
-	Done     int             `json:"done"`      // handovers that worked
-	Orders   []time.Duration `json:"orders_ns"` // both, on open control sockets
+	Done     int             `json:"done"`             // handovers that worked
+	Spared   int             `json:"spared,omitempty"` // those of them before which writers stopped
+	Orders   []time.Duration `json:"orders_ns"`        // both, on open control sockets
 	Writes   []time.Duration `json:"write_gaps_ns,omitempty"`
 	Reads    []time.Duration `json:"read_gaps_ns,omitempty"`
 	Calm     []time.Duration `json:"calm_read_gaps_ns,omitempty"` // between handovers
@@ -126,7 +147,7 @@ func (r *runner) handover(ctx context.Context, files map[string]string, c handov
 		return err
 	}
 	defer func() { err = errors.Join(err, images.remove()) }()
-	image, err := images.image(ctx, "handover")
+	image, err := handoverImageOf(ctx, images, c.Format)
 	if err != nil {
 		return err
 	}
@@ -137,7 +158,7 @@ func (r *runner) handover(ctx context.Context, files map[string]string, c handov
 		}
 	}()
 	for _, program := range []string{programOurs, programQSD} {
-		x := newExporters(program, files[program], r.sockets, image)
+		x := newExporters(program, files[program], r.sockets, image, c.Format)
 		pairs = append(pairs, x)
 		h.Moves = append(h.Moves, &x.moves)
 		x.moves.Cell, x.moves.Program = c.ID(), program
@@ -162,6 +183,19 @@ func (r *runner) handover(ctx context.Context, files map[string]string, c handov
 	return ctx.Err()
 }
 
+// handoverImageOf makes the image, full, and returns its path.
+func handoverImageOf(ctx context.Context, images *store, format string) (string, error) {
+	raw, err := images.image(ctx, "handover")
+	if err != nil || format == formatRaw {
+		return raw, err
+	}
+	path := filepath.Join(images.dir, "handover."+format)
+	if err := qemuImg(ctx, "convert", "-f", formatRaw, "-O", format, raw, path); err != nil {
+		return "", err
+	}
+	return path, errors.Join(os.Remove(raw), syncFile(path))
+}
+
 func middleTime(v []time.Duration) time.Duration {
 	if len(v) == 0 {
 		return 0
@@ -173,6 +207,9 @@ func middleTime(v []time.Duration) time.Duration {
 // nobody owning the image. A failure of x is noted, and x started anew.
 func (r *runner) turn(ctx context.Context, c handoverCell, x *exporters, seed uint64) error {
 	err := x.turn(ctx, c, r.cfg.ours, seed)
+	if err == nil && c.Format == formatQcow {
+		err = qemuImg(ctx, "check", "-q", "-f", c.Format, x.procs[0].image)
+	}
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -232,14 +269,10 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 			return err
 		}
 		f.Calm = append(f.Calm, load.ReadGap())
-		start := time.Now()
-		if err := x.order(ctx, from, false); err != nil {
+		orders, err := x.move(ctx, load, from)
+		if err != nil {
 			return err
 		}
-		if err := x.order(ctx, 1-from, true); err != nil {
-			return err
-		}
-		orders := time.Since(start)
 		from = 1 - from
 		if c.Conns > 0 {
 			limited, cancel := context.WithTimeout(ctx, orderTimeout)
@@ -261,6 +294,21 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 		return err
 	}
 	return x.order(ctx, from, false)
+}
+
+// move hands over, and returns how long the orders took. With a program that has
+// crashed again and again in this cell, writers stop before and go on after.
+func (x *exporters) move(ctx context.Context, load *bench.Follower, from int) (time.Duration, error) {
+	if len(x.moves.Crashes) >= handoverSpare {
+		defer load.Hold()()
+		x.moves.Spared++
+	}
+	start := time.Now()
+	if err := x.order(ctx, from, false); err != nil {
+		return 0, err
+	}
+	err := x.order(ctx, 1-from, true)
+	return time.Since(start), err
 }
 
 // warm reads an image into the page cache: QEMU empties it when it activates.

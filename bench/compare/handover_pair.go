@@ -40,10 +40,10 @@ func (x *exporters) control(side int) string {
 }
 
 // newExporters are for one image. file is the program's.
-func newExporters(program, file, dir, image string) *exporters {
+func newExporters(program, file, dir, image, format string) *exporters {
 	x := &exporters{program: program, node: "image0"}
 	argv := func(e endpoint) []string {
-		return []string{e.binary, "serve", "-f", "raw", "-k", e.address, "--control", controlPath(e), "--log-level", "warn", "--inactive", e.image}
+		return []string{e.binary, "serve", "-f", format, "-k", e.address, "--control", controlPath(e), "--log-level", "warn", "--inactive", e.image}
 	}
 	if program == programQSD {
 		x.node = "disk"
@@ -51,7 +51,7 @@ func newExporters(program, file, dir, image string) *exporters {
 			// The NBD server last: when it answers the monitor does too.
 			return append([]string{e.binary}, append(monitorArgs(controlPath(e)),
 				"--blockdev", "driver=file,node-name=file,filename="+e.image+",active=off",
-				"--blockdev", "driver=raw,node-name=disk,file=file,active=off",
+				"--blockdev", "driver="+format+",node-name=disk,file=file,active=off",
 				"--nbd-server", "addr.type=unix,addr.path="+e.address+",max-connections=0",
 				"--export", "type=nbd,id=export,node-name=disk,name=,writable=on,allow-inactive=on")...)
 		}

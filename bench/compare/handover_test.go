@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -126,5 +127,40 @@ func TestQuantiles(t *testing.T) {
 	}
 	if s := fmt.Sprint(newQuantiles(nil)); s != "-" {
 		t.Error(s)
+	}
+}
+
+// Cells of handovers that are measured later take their place among the others.
+func TestHandoverParts(t *testing.T) {
+	first, second := testHandovers(), testHandovers()
+	first.Cells = slices.Concat(first.Cells[:1], []handoverCell{handoverCells[len(handoverCells)-1]})
+	second.Cells, second.Time = second.Cells[1:2], 50*time.Second
+	second.Moves = slices.DeleteFunc(second.Moves, func(m *moves) bool { return m.Cell != second.Cells[0].ID() })
+	second.Machine.Versions[programOurs] = "nbd-export 2"
+	second.Moves[1].Spared, second.Commands = 7, []string{"nbd-export serve -f qcow2 $IMAGE"}
+	path := filepath.Join(t.TempDir(), "parts.json")
+	for _, h := range []*handoverReport{first, second} {
+		rep := testReport()
+		rep.Cells, rep.Samples, rep.Handover = nil, nil, h
+		if err := rep.onto(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rep, err := loadReport(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(rep.Parts) != 0 {
+		t.Errorf("parts of nothing: %v", rep.Parts)
+	}
+	h := rep.Handover
+	if len(h.Cells) != 3 || h.Cells[1] != handoverCells[1] || h.Time != first.Time || h.of(groupID, programOurs).Done != 3 {
+		t.Errorf("%v, %v", h.Cells, h.Time)
+	}
+	text := h.markdown()
+	for _, want := range []string{"nbd-export 1; nbd-export 2", "serve $IMAGE\n", "-f qcow2", "so in 7 of these", "**qcow2 on ext4, "} {
+		if !strings.Contains(text, want) {
+			t.Errorf("no %q in\n%s", want, text)
+		}
 	}
 }

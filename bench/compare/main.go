@@ -194,7 +194,7 @@ func compare(c config) error {
 		return err
 	}
 	failed := r.report.failed()
-	if c.onto != "" && (len(c.cells) > 0 || c.fair || c.many || c.qcow2) {
+	if c.onto != "" {
 		if err := r.report.onto(c.onto); err != nil {
 			return err
 		}

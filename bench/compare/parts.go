@@ -31,7 +31,9 @@ func (rep *report) onto(path string) error {
 	if err != nil {
 		return err
 	}
-	rep.Parts = []part{rep.part()}
+	if rep.loads() {
+		rep.Parts = []part{rep.part()}
+	}
 	if old != nil {
 		if what := rep.differs(old); what != "" {
 			return fmt.Errorf("%s was measured with another %s; remove it, or give another file", path, what)
@@ -39,6 +41,11 @@ func (rep *report) onto(path string) error {
 		rep.add(old)
 	}
 	return rep.save(path)
+}
+
+// loads reports whether anything but handovers was measured.
+func (rep *report) loads() bool {
+	return len(rep.Cells)+len(rep.Fair)+len(rep.Scale)+len(rep.Qcow2) > 0
 }
 
 func (rep *report) part() part {
@@ -79,7 +86,7 @@ func differ(a, b string) bool { return a != "" && b != "" && a != b }
 
 // add takes over what old has of cells that were not measured now.
 func (rep *report) add(old *report) {
-	measured := rep.Parts[0].Cells
+	measured := rep.part().Cells
 	now := func(id string) bool { return slices.Contains(measured, id) }
 	ids := slices.Clone(measured)
 	for _, c := range old.Cells {
@@ -102,6 +109,11 @@ func (rep *report) add(old *report) {
 	}
 	if len(rep.Qcow2) == 0 {
 		rep.Qcow2 = old.Qcow2
+	}
+	if rep.Handover == nil {
+		rep.Handover = old.Handover
+	} else if old.Handover != nil {
+		rep.Handover.add(old.Handover)
 	}
 	rep.Servers = union(rep.Servers, old.Servers)
 	slices.SortStableFunc(rep.Servers, func(a, b string) int { return serverPlace(a) - serverPlace(b) })
