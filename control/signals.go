@@ -20,7 +20,8 @@ import (
 // SIGUSR2 inactivates them, the first SIGTERM, SIGINT or SIGQUIT asks for a
 // stop in order and the second one exits at once, SIGHUP is ignored.
 type Signals struct {
-	exit   func(status int) // os.Exit, but for tests
+	exit   func(status int)                     // os.Exit, but for tests
+	after  func(time.Duration) <-chan time.Time // time.After, but for tests
 	ch     chan os.Signal
 	closed chan struct{} // by Close
 	done   chan struct{} // the loop has ended
@@ -47,11 +48,16 @@ const (
 
 // CatchSignals starts catching. Call it before anything else: a signal that
 // comes earlier is lost, or kills the process.
-func CatchSignals() *Signals { return catchSignals(os.Exit) }
+func CatchSignals() *Signals {
+	s := newSignals(os.Exit, time.After)
+	s.catch()
+	return s
+}
 
-func catchSignals(exit func(int)) *Signals {
-	s := &Signals{
+func newSignals(exit func(int), after func(time.Duration) <-chan time.Time) *Signals {
+	return &Signals{
 		exit:   exit,
+		after:  after,
 		ch:     make(chan os.Signal, 64), // the loop does not wait, so it stays short
 		closed: make(chan struct{}),
 		done:   make(chan struct{}),
@@ -61,11 +67,13 @@ func catchSignals(exit func(int)) *Signals {
 			syscall.SIGUSR2: make(chan struct{}, mostOrders),
 		},
 	}
+}
+
+func (s *Signals) catch() {
 	// A log whose reader is gone must not end the server.
 	signal.Ignore(syscall.SIGPIPE)
 	signal.Notify(s.ch, syscall.SIGUSR1, syscall.SIGUSR2, syscall.SIGTERM, syscall.SIGINT, syscall.SIGQUIT, syscall.SIGHUP)
 	go s.loop()
-	return s
 }
 
 // Stop is closed by the first signal that asks for a stop.
@@ -121,14 +129,18 @@ func (s *Signals) loop() {
 			}
 		default:
 			if first == nil {
-				first = time.After(sameStop)
+				first = s.after(sameStop)
 				close(s.stop)
 				continue
 			}
 			select {
 			case <-first:
+			case <-s.closed:
+			}
+			select {
 			case <-s.closed: // the stop was quicker
 				return
+			default:
 			}
 			s.lastWords(sig)
 			s.exit(1)

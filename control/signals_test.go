@@ -5,6 +5,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -56,7 +57,8 @@ func kill(t *testing.T, sig syscall.Signal) {
 
 func TestSignals(t *testing.T) {
 	exits := make(chan int, 1)
-	s := catchSignals(func(status int) { exits <- status })
+	s := newSignals(func(status int) { exits <- status }, time.After)
+	s.catch()
 	defer s.Close()
 	b := newBed(t, 2)
 	log, lines := journal()
@@ -118,12 +120,29 @@ func TestSignals(t *testing.T) {
 
 // Two signals for one stop are one: the second gives it a moment.
 func TestStopSentTwice(t *testing.T) {
-	s := catchSignals(func(int) { t.Error("the process ends without having stopped") })
+	never := func(time.Duration) <-chan time.Time { return nil }
+	s := newSignals(func(int) { t.Error("the process ends without having stopped") }, never)
+	s.catch()
 	kill(t, syscall.SIGTERM)
 	<-s.Stop()
 	s.ch <- syscall.SIGQUIT
 	waitFor(s, func() bool { return len(s.ch) == 0 })
 	s.Close()
+}
+
+// A second signal that is looked at only when the stop has ended changes nothing
+// of that, however long ago it came.
+func TestStopSentTwiceAndStopped(t *testing.T) {
+	passed := make(chan time.Time)
+	close(passed)
+	for range 100 { // what is ready at once is taken in any order
+		s := newSignals(func(int) { t.Error("a process that has stopped in order says that it did not") },
+			func(time.Duration) <-chan time.Time { return passed })
+		s.ch <- syscall.SIGTERM
+		s.ch <- syscall.SIGTERM
+		close(s.closed)
+		s.loop()
+	}
 }
 
 // waitFor spins until what a signal changes has changed.
@@ -140,7 +159,8 @@ func waitFor(s *Signals, ok func() bool) {
 
 // A failed transition is logged once, by the machine that made it.
 func TestSignalFails(t *testing.T) {
-	s := catchSignals(func(int) {})
+	s := newSignals(func(int) {}, time.After)
+	s.catch()
 	b := newBed(t, 1)
 	log, lines := journal()
 	b.Targets()[0].Machine = state.NewMachine(b.images[0], Observe(state.Options{}, log))
