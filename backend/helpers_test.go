@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"fmt"
@@ -305,34 +304,15 @@ func descriptors(t testing.TB, path string) (all, writable int) {
 	return all, writable
 }
 
-// procLocks lists the locks on path as "OFDLCK ADVISORY READ 100", from
-// /proc/locks. That is read in pieces, between which locks of others come and
-// go, and ours are skipped or told twice: so it is read until it says the same
-// twice running.
+// procLocks lists the locks on path as "OFDLCK ADVISORY READ 100".
 func procLocks(t testing.TB, path string) []string {
-	t.Helper()
-	last := procLocksOnce(t, path)
-	for range 100 {
-		now := procLocksOnce(t, path)
-		if slices.Equal(now, last) {
-			break
-		}
-		last = now
-	}
-	return last
-}
-
-func procLocksOnce(t testing.TB, path string) []string {
 	t.Helper()
 	st := statOf(t, path)
 	id := fmt.Sprintf("%02x:%02x:%d", unix.Major(st.Dev), unix.Minor(st.Dev), st.Ino)
-	file, err := os.Open("/proc/locks")
-	must(t, err)
-	defer file.Close()
 	var locks []string
-	for s := bufio.NewScanner(file); s.Scan(); {
+	for line := range strings.Lines(allLocks(t)) {
 		// 1: OFDLCK ADVISORY  READ -1 fe:00:1234 100 103
-		f := strings.Fields(s.Text())
+		f := strings.Fields(line)
 		if len(f) < 8 || f[5] != id {
 			continue
 		}
@@ -345,4 +325,22 @@ func procLocksOnce(t testing.TB, path string) []string {
 	}
 	slices.Sort(locks)
 	return locks
+}
+
+// allLocks is /proc/locks. The kernel gives that a page at a time, and a lock of
+// any process that comes or goes between two pages moves what follows: lines
+// are left out, or told twice. So it is read until it is the same twice running.
+func allLocks(t testing.TB) string {
+	t.Helper()
+	var last []byte
+	for range 10000 {
+		now, err := os.ReadFile("/proc/locks")
+		must(t, err)
+		if last != nil && bytes.Equal(now, last) {
+			return string(now)
+		}
+		last = now
+	}
+	t.Fatal("/proc/locks is never the same twice: too many programs lock files here")
+	panic("unreachable")
 }

@@ -154,7 +154,7 @@ func (r *crashRun) owner() (owner *crashSide) {
 			r.t.Errorf("%s is %s", s.name, state)
 		}
 	}
-	// /proc/locks is read in pieces, between which other runs take locks.
+	// The locks of one that was killed end with the I/O it had submitted.
 	got := fileLocks(r.t, r.image)
 	for try := 0; try < 50 && !slices.Equal(got, want); try++ {
 		time.Sleep(time.Millisecond)

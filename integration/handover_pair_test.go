@@ -120,7 +120,7 @@ func (p *pair) judge() int {
 	if owner >= 0 {
 		want = activeLocks
 	}
-	// The list is not read at once: while others lock, one may show twice.
+	// Those of a side that was killed end with the I/O it had submitted.
 	waitFor(p.t, startTimeout, fmt.Sprintf("%v are the bytes locked", want), func() bool {
 		return slices.Equal(fileLocks(p.t, p.image), want)
 	})

@@ -57,7 +57,24 @@ func lockedBytes(text string, id identity) []int {
 // fileLocks are the bytes locked of a file by anyone.
 func fileLocks(t testing.TB, path string) []int {
 	t.Helper()
-	return lockedBytes(string(readFile(t, "/proc/locks")), identify(t, path))
+	return lockedBytes(allLocks(t), identify(t, path))
+}
+
+// allLocks is /proc/locks. The kernel gives that a page at a time, and a lock of
+// any process that comes or goes between two pages moves what follows: lines
+// are left out, or told twice. So it is read until it is the same twice running.
+func allLocks(t testing.TB) string {
+	t.Helper()
+	last := string(readFile(t, "/proc/locks"))
+	for range 10000 {
+		now := string(readFile(t, "/proc/locks"))
+		if now == last {
+			return now
+		}
+		last = now
+	}
+	t.Fatal("/proc/locks is never the same twice: too many programs lock files here")
+	panic("unreachable")
 }
 
 // processLocks are the bytes of a file that one process holds.
