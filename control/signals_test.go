@@ -120,7 +120,7 @@ func TestSignals(t *testing.T) {
 
 // Two signals for one stop are one: the second gives it a moment.
 func TestStopSentTwice(t *testing.T) {
-	never := func(time.Duration) <-chan time.Time { return nil }
+	never := func(time.Duration) <-chan time.Time { return make(chan time.Time) }
 	s := newSignals(func(int) { t.Error("the process ends without having stopped") }, never)
 	s.catch()
 	kill(t, syscall.SIGTERM)
