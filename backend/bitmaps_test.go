@@ -48,9 +48,18 @@ func TestBitmapsOfOwned(t *testing.T) {
 		}
 	}
 	wantBitmaps(0)
+	// It grows with the disk.
+	must(t, activate(o, false))
+	must(t, o.Resize(2<<20))
+	must(t, write(o, 2<<20-1, make([]byte, 1), false))
+	grown := []Status{{Length: 8192}, {4096, StatusDirty}, {Length: 2<<20 - 16384}, {4096, StatusDirty}}
+	wantStatus(grown...)
+	must(t, inactivate(o))
+	wantStatus(grown...)
+	checkQcow(t, path)
 	_, err := o.BitmapStatus(nil, "none", 0, 1, 1)
 	wantErrno(t, err, unix.ENOENT)
-	_, err = o.BitmapStatus(nil, "b", 1<<20-1, 2, 1)
+	_, err = o.BitmapStatus(nil, "b", 2<<20-1, 2, 1)
 	wantErrno(t, err, unix.EIO)
 
 	raw := openImage(t, Options{Path: writeFile(t, t.TempDir(), make([]byte, 512))}, nil)

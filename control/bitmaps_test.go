@@ -45,6 +45,7 @@ func TestBitmapsOfExports(t *testing.T) {
 	g.talk(
 		`block-export-del {"id":"w"}`, "BLOCK_EXPORT_DELETED w", "ok",
 		`block-export-del {"id":"e"}`, "BLOCK_EXPORT_DELETED e", "ok",
+		`block_resize {"node-name":"n","size":2097152}`, "Bitmap 'bad' is inconsistent and cannot be used",
 		`blockdev-set-active {"active":false}`, "ok",
 		// Of what another owns it is not known what is in use.
 		`block-export-add {"type":"nbd","id":"e","node-name":"n","allow-inactive":true,"bitmaps":["none"]}`, "Bitmap 'none' is not found",

@@ -28,6 +28,13 @@ func (s *session) blockResize(a args) (any, error) {
 	case t.readOnly():
 		return nil, generic("Image is read-only")
 	}
+	if node != t.file.name {
+		for _, b := range t.dirtyBitmaps() {
+			if b.Inconsistent {
+				return nil, generic("Bitmap '%s' is inconsistent and cannot be used; remove it with qemu-img bitmap --remove", b.Name)
+			}
+		}
+	}
 	img, ok := t.Image.(interface{ Resize(size int64) error })
 	if !ok {
 		return nil, generic("Image format driver does not support resize")

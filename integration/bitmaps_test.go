@@ -249,3 +249,64 @@ func TestBitmapsOfNodes(t *testing.T) {
 		}
 	}
 }
+
+// A disk that becomes larger takes its bitmaps along, as in QEMU's daemon: each
+// goes on with what the other has left.
+func TestBitmapsGrowWithTheDisk(t *testing.T) {
+	image := bitmapImage(t, "cluster_size=512")
+	run(t, "qemu-img", "bitmap", "--add", "-g", "4k", image, "fine")
+	want := map[string][]dirtyRun{
+		"b":    {{0, 2 << 20, 0}},
+		"fine": {{0, 2 << 20, 0}},
+	}
+	size := 2 << 20
+	for round := range 4 {
+		m := startManagerIn(t, managers[round%2], filepath.Dir(image))
+		socket := filepath.Join(m.dir, "nbd")
+		m.must(
+			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"bits.qcow2"}}`,
+		)
+		// More clusters of bits of one and then of all, and of tables.
+		grown := []int{9 << 20, 50 << 20, 300 << 20, 480 << 20}[round]
+		m.must(fmt.Sprintf(`block_resize {"node-name":"n","size":%d}`, grown))
+		m.must(`block-export-add {"type":"nbd","id":"e","node-name":"n","writable":true,"bitmaps":["b","fine","off"]}`)
+		for name, runs := range want {
+			last := &runs[len(runs)-1]
+			last.Length += int64(grown - size)
+			if got := mapOf(t, name, nbdURI("n", socket)); !slices.Equal(got, runs) {
+				t.Fatalf("round %d: %s of %s: %v, want %v", round, m.kind, name, got, runs)
+			}
+		}
+		// Its last 64 KiB are as new as they are dirty.
+		mustQemuIO(t, nbdURI("n", socket), fmt.Sprintf("write %d 64k", grown-64<<10))
+		for name, runs := range want {
+			runs[len(runs)-1].Length -= 64 << 10
+			want[name] = append(runs, dirtyRun{int64(grown) - 64<<10, 64 << 10, 1}, dirtyRun{int64(grown), 0, 0})
+		}
+		size = grown
+		m.quit()
+		for name, runs := range want {
+			if got := inQEMU(t, name, image); !slices.Equal(got, runs[:len(runs)-1]) {
+				t.Fatalf("round %d: QEMU reads %s: %v, want %v", round, name, got, runs)
+			}
+		}
+		if got := inQEMU(t, "off", image); !slices.Equal(got, []dirtyRun{{0, int64(grown), 0}}) {
+			t.Fatalf("round %d: the disabled one: %v", round, got)
+		}
+	}
+}
+
+// Bitmaps that nobody can trust keep a disk from growing, as in QEMU.
+func TestInconsistentBitmapsDoNotGrow(t *testing.T) {
+	for _, kind := range managers {
+		m := startManagerIn(t, kind, shortDir(t))
+		image := filepath.Join(m.dir, "bits.qcow2")
+		run(t, "qemu-img", "create", "-q", "-f", "qcow2", image, "2M")
+		run(t, "qemu-img", "bitmap", "--add", image, "bad")
+		tryRun(t, "qemu-io", "-f", "qcow2", "-c", "write 0 512", "-c", "sigraise 9", image)
+		m.must(`blockdev-add {"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"bits.qcow2"}}`)
+		m.fails(`block_resize {"node-name":"n","size":4194304}`, "Bitmap 'bad' is inconsistent and cannot be used")
+		m.quit()
+	}
+}

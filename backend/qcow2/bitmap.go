@@ -21,19 +21,25 @@ const maxBitmapMemory = 1 << 30
 // In the file they are marked as being in use before the first change of the
 // disk after Begin or Settle, and stored and marked as consistent by Settle. So
 // whoever changes nothing writes nothing of them, and after a crash nobody
-// trusts what is older than the disk.
+// trusts what is older than the disk. Resize does both: see bitmapgrow.go.
 type bitmaps struct {
 	// closed: they must be marked as in use before the disk is changed.
 	closed atomic.Bool
-	auto   []*bitmap // those that writes mark
+	auto   []*bitmap // those that writes mark; none while the disk grows
 
-	// storing is held while those of auto are marked as in use, or stored, and
+	// storing is held while those of open are marked as in use, or stored, and
 	// guards what is only about that: their tables, and the following.
 	storing sync.Mutex
-	raw     []byte // the directory as it is to be in the file
+	// open are those that are marked and stored with auto: these, and all from
+	// when the disk grows until they are stored.
+	open []*bitmap
+	raw  []byte // the directory as it is to be in the file
 	// unsettled: the file may have a directory that is not raw.
 	unsettled bool
 	gone      []hostRange // of former tables, which the file may still name
+	// sizeUnsure: the header may have another size than the disk, which was to
+	// become larger, and the write has failed.
+	sizeUnsure bool
 
 	// mu is held while they are read, and never during a flush, so that whoever
 	// asks for them waits for no transition.
@@ -112,6 +118,12 @@ func (g Geometry) bitmapFault(e uint64) bool {
 	return e&bitmapTableReserved != 0 || off != 0 && (e&bitmapAllOnes != 0 || g.Within(off) != 0)
 }
 
+// tableEntries is how many entries the table of a bitmap has for a disk of size
+// bytes.
+func (im *Image) tableEntries(b *bitmap, size int64) int64 {
+	return max(im.g.Clusters(b.bytes(size)), 1)
+}
+
 // readBits reads the bits of a bitmap that can be trusted, once. The caller
 // holds bitmaps.mu.
 func (im *Image) readBits(b *bitmap) error {
@@ -121,11 +133,10 @@ func (im *Image) readBits(b *bitmap) error {
 	if err := im.readTable(b); err != nil {
 		return err
 	}
-	n := b.bytes(im.Size())
-	if want := max(im.g.Clusters(n), 1); b.TableEntries != want {
+	if want := im.tableEntries(b, im.Size()); b.TableEntries != want {
 		return im.damaged("bitmap %q: its table has %d entries instead of %d", b.Name, b.TableEntries, want)
 	}
-	words := (n + 7) / 8
+	words := b.countWords(im.Size())
 	if im.bitmaps.memory+8*words > maxBitmapMemory {
 		return im.refused(unix.EFBIG, fmt.Sprintf("its bitmaps take more than %d MiB; remove some with qemu-img bitmap --remove", maxBitmapMemory>>20))
 	}
@@ -168,7 +179,7 @@ func (im *Image) beginBitmaps() error {
 	bs.mu.Lock()
 	defer bs.mu.Unlock()
 	// What was read before may be older than the locks.
-	bs.read, bs.raw, bs.all, bs.auto, bs.memory = false, nil, nil, nil, 0
+	bs.read, bs.raw, bs.all, bs.auto, bs.open, bs.memory = false, nil, nil, nil, nil, 0
 	if im.h.Bitmaps != nil && !im.h.HasBitmaps() {
 		im.opts.Warn(im.damaged("a program that does not know its bitmaps has changed it, so they are not used any more").Error())
 	}
@@ -194,6 +205,7 @@ func (im *Image) beginBitmaps() error {
 		}
 		bs.auto = append(bs.auto, b)
 	}
+	bs.open = bs.auto
 	bs.closed.Store(len(bs.auto) > 0)
 	return nil
 }

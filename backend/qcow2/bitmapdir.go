@@ -20,10 +20,12 @@ type BitmapEntry struct {
 }
 
 // Offsets in an entry of fields that are written on their own. Entries lie at
-// multiples of 8 bytes, so that neither field can be torn between sectors.
+// multiples of 8 bytes, so that neither the first field nor the other two
+// together can be torn between sectors.
 const (
-	offBitmapTable = 0
-	offBitmapFlags = 12
+	offBitmapTable   = 0
+	offBitmapEntries = 8
+	offBitmapFlags   = 12
 )
 
 // What QEMU takes at most (block/qcow2-bitmap.c), and so do we.
@@ -128,6 +130,9 @@ func readBitmaps(f File, h *Header) (all []BitmapEntry, raw []byte, err error) {
 
 // bytes is how many bytes of bits the bitmap of a disk of size bytes has.
 func (e *BitmapEntry) bytes(size int64) int64 { return (e.bits(size) + 7) >> 3 }
+
+// countWords is how many words of 64 bits these are.
+func (e *BitmapEntry) countWords(size int64) int64 { return (e.bytes(size) + 7) >> 3 }
 
 // bits is how many bits it has.
 func (e *BitmapEntry) bits(size int64) int64 {

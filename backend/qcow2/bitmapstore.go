@@ -13,6 +13,12 @@ func (im *Image) openBitmaps() error {
 	if !bs.closed.Load() {
 		return nil
 	}
+	return im.markOpen()
+}
+
+// markOpen marks those of bitmaps.open. The caller holds bitmaps.storing.
+func (im *Image) markOpen() error {
+	bs := &im.bitmaps
 	bs.flag(true)
 	bs.unsettled = true
 	if err := im.writeDirectory(); err != nil {
@@ -22,9 +28,9 @@ func (im *Image) openBitmaps() error {
 	return nil
 }
 
-// flag marks those that are marked by writes as in use, or as consistent.
+// flag marks those of open as in use, or as consistent.
 func (bs *bitmaps) flag(inUse bool) {
-	for _, b := range bs.auto {
+	for _, b := range bs.open {
 		flags := binary.BigEndian.Uint32(bs.raw[b.at+offBitmapFlags:]) &^ bitmapInUse
 		if inUse {
 			flags |= bitmapInUse
@@ -34,7 +40,8 @@ func (bs *bitmaps) flag(inUse bool) {
 }
 
 // writeDirectory makes the directory durable, in its place. A crash leaves some
-// fields as they were, which is why one write changes either tables or flags.
+// fields as they were, which is why one write changes either the places of tables
+// or their lengths and flags.
 func (im *Image) writeDirectory() error {
 	if err := im.writeTable(im.bitmaps.raw, im.h.Bitmaps.DirectoryOffset); err != nil {
 		return err
@@ -44,8 +51,9 @@ func (im *Image) writeDirectory() error {
 
 // settleBitmaps puts the bitmaps into the file, while nothing changes the disk:
 // the bits and their tables in new clusters and these clusters' refcounts; when
-// that is durable, the tables' offsets; when they are, that the bitmaps are
-// consistent. Until then the directory says that they are in use. The clusters
+// that is durable, the tables' offsets; when they are, their lengths and that the
+// bitmaps are consistent. Until then the directory says that they are in use; a
+// table may be longer there than it says, and never shorter. The clusters
 // of former tables are dropped when the file does not name them any more.
 //
 // After an error that is no failed sync it can be called again, whatever was
@@ -58,6 +66,11 @@ func (im *Image) settleBitmaps() error {
 	defer bs.storing.Unlock()
 	if !bs.unsettled || im.broken.Load() {
 		return nil
+	}
+	if bs.sizeUnsure {
+		if err := im.writeSize(); err != nil {
+			return err
+		}
 	}
 	stored, err := im.storeBits()
 	if err == nil {
@@ -73,7 +86,7 @@ func (im *Image) settleBitmaps() error {
 	}
 	for _, s := range stored {
 		bs.gone = append(bs.gone, im.bitmapClusters(s.b)...)
-		s.b.TableOffset, s.b.table = s.offset, s.table
+		s.b.TableOffset, s.b.TableEntries, s.b.table = s.offset, int64(len(s.table)), s.table
 		binary.BigEndian.PutUint64(bs.raw[s.b.at+offBitmapTable:], uint64(s.offset))
 		s.b.changed.Store(false)
 	}
@@ -83,13 +96,16 @@ func (im *Image) settleBitmaps() error {
 	}
 	im.dropped(bs.gone)
 	bs.gone = nil
+	for _, b := range bs.open {
+		binary.BigEndian.PutUint32(bs.raw[b.at+offBitmapEntries:], uint32(b.TableEntries))
+	}
 	bs.flag(false)
 	// Even if it fails some may be marked as consistent from here on.
 	bs.closed.Store(true)
 	if err := im.writeDirectory(); err != nil {
 		return err
 	}
-	bs.unsettled = false
+	bs.unsettled, bs.open = false, bs.auto
 	return nil
 }
 
@@ -104,7 +120,7 @@ type storedBitmap struct {
 // storeBits writes what has changed to new clusters, which nothing names yet.
 // With an error the last of stored is not whole.
 func (im *Image) storeBits() (stored []storedBitmap, err error) {
-	for _, b := range im.bitmaps.auto {
+	for _, b := range im.bitmaps.open {
 		if !b.changed.Load() {
 			continue
 		}
@@ -117,7 +133,7 @@ func (im *Image) storeBits() (stored []storedBitmap, err error) {
 }
 
 func (im *Image) storeOne(s *storedBitmap) error {
-	s.table = make([]uint64, len(s.b.table))
+	s.table = make([]uint64, im.tableEntries(s.b, im.Size()))
 	raw := make([]byte, im.g.ClusterSize())
 	for i := range s.table {
 		var host bool
@@ -147,6 +163,8 @@ func (im *Image) storeOne(s *storedBitmap) error {
 
 // encodeBits fills raw with the bits that entry i of a bitmap's table is for.
 // If they are all clear, or all set, the entry says so without a host cluster.
+// Not so if they are set up to the end of the disk and that is inside a word: to
+// QEMU the rest of the word is set too, and comes to light when the disk grows.
 func (im *Image) encodeBits(b *bitmap, i int64, raw []byte) (entry uint64, host bool) {
 	per := im.g.ClusterSize() / 8 // words
 	part := b.words[min(i*per, int64(len(b.words))):min((i+1)*per, int64(len(b.words)))]
@@ -155,9 +173,6 @@ func (im *Image) encodeBits(b *bitmap, i int64, raw []byte) (entry uint64, host 
 	for k, w := range part {
 		binary.LittleEndian.PutUint64(raw[8*k:], w)
 		some |= w
-		if past := b.bits(im.Size()) - (i*per+int64(k))<<6; past < 64 {
-			w |= ^uint64(0) << past
-		}
 		every &= w
 	}
 	switch {

@@ -8,8 +8,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Resize makes the disk larger; what is new reads as zeros. Nothing else may
-// run meanwhile. After an error the disk is what it was.
+// Resize makes the disk larger; what is new reads as zeros and is clean in its
+// bitmaps. Nothing else may run meanwhile but BitmapInfos. After an error the disk
+// is what it was.
 func (im *Image) Resize(size int64) error {
 	if err := im.writable(); err != nil {
 		return err
@@ -22,10 +23,11 @@ func (im *Image) Resize(size int64) error {
 		return fmt.Errorf("qcow2 image %s cannot be made smaller while it is in use, use qemu-img resize --shrink: %w", im.f.Path(), unix.EOPNOTSUPP)
 	case size%512 != 0:
 		return fmt.Errorf("qcow2 image %s: a size of %d bytes is no multiple of 512: %w", im.f.Path(), size, unix.EINVAL)
-	case im.h.Bitmaps != nil:
-		return fmt.Errorf("qcow2 image %s has persistent bitmaps, which fit its size; remove them with qemu-img bitmap --remove, or resize it with qemu-img: %w", im.f.Path(), unix.EOPNOTSUPP)
 	case im.h.Snapshots > 0 && im.h.Version < 3:
 		return fmt.Errorf("qcow2 image %s of version 2 has internal snapshots, which do not record their size: %w", im.f.Path(), unix.EOPNOTSUPP)
+	}
+	if err := im.canGrowBitmaps(size); err != nil {
+		return err
 	}
 	im.stopTimer()
 	defer im.allowTimer()
@@ -42,6 +44,25 @@ func (im *Image) Resize(size int64) error {
 			return err
 		}
 	}
+	if err := im.openAllBitmaps(); err != nil {
+		return err
+	}
+	if err := im.enlarge(old, size); err != nil {
+		return err
+	}
+	im.growBitmaps()
+	if err := im.settleBitmaps(); err != nil {
+		// They are whole in memory, and stored with the next Settle.
+		im.opts.Warn(err.Error())
+	}
+	return nil
+}
+
+// enlarge gives the disk its new size, for which there is room in the tables.
+func (im *Image) enlarge(old, size int64) error {
+	auto := im.bitmaps.auto
+	im.bitmaps.auto = nil
+	defer func() { im.bitmaps.auto = auto }()
 	im.h.Size = size
 	// What is behind the image must not come to light, nor what the rest of the
 	// last cluster may hold.
@@ -57,14 +78,23 @@ func (im *Image) Resize(size int64) error {
 		im.h.Size = old
 		return err
 	}
-	err = im.f.WriteAt(be64(uint64(size)), offSize, false)
-	if err == nil {
+	if err = im.writeSize(); err == nil {
 		err = im.f.Sync()
 	}
 	if err != nil {
 		im.h.Size = old
 	}
 	return err
+}
+
+// writeSize makes the header name the disk's size.
+func (im *Image) writeSize() error {
+	im.bitmaps.sizeUnsure = true
+	if err := im.f.WriteAt(be64(uint64(im.h.Size)), offSize, false); err != nil {
+		return err
+	}
+	im.bitmaps.sizeUnsure = false
+	return nil
 }
 
 // growL1 makes a larger L1 table in a new place.
