@@ -50,8 +50,15 @@ func overlaps(owners []ownership, e event) bool {
 type sighting struct {
 	From, To int64
 	State    string
+	Step     string // of the transition under way
 	Epoch    uint64
 	Line     bool
+}
+
+// letsGo: the locks are going, or gone, and another may have the image before
+// this one has come to say that it is inactive.
+func (s sighting) letsGo() bool {
+	return s.Step == "release" || s.Step == "abandon" || s.Step == "stop"
 }
 
 func (s sighting) owns() bool {
@@ -183,7 +190,9 @@ func (l *lifetime) ownership(via int16, epoch uint64) ownership {
 			o.Begin.From = max(o.Begin.From, s.From)
 		case s.Epoch == epoch && s.owns():
 			o.Begin.To = min(o.Begin.To, s.To)
-			o.End.From = max(o.End.From, s.From)
+			if !s.letsGo() {
+				o.End.From = max(o.End.From, s.From)
+			}
 		default: // no more
 			o.Begin.To = min(o.Begin.To, s.To)
 			o.End.To = min(o.End.To, s.To)
@@ -352,6 +361,8 @@ func TestHistoryJudgeOfOwners(t *testing.T) {
 	}{
 		"as it was":                {lives, ""},
 		"the old one goes on":      {alter(1, sighting{From: 220, To: 221, State: "active", Epoch: 2}), "two owners at once"},
+		"the old one settles":      {alter(0, sighting{From: 115, To: 116, State: "inactivating", Step: "settle", Epoch: 1}), "two owners at once"},
+		"the old one is late":      {alter(0, sighting{From: 115, To: 116, State: "inactivating", Step: "release", Epoch: 1}), ""},
 		"one epoch, two owners":    {alter(2, sighting{From: 350, To: 351, State: "active", Epoch: 3}), "one epoch has two owners"},
 		"a higher epoch before":    {alter(2, sighting{To: 50, State: "active", Epoch: 4}, sighting{From: 255, To: 256, State: "inactive"}), "two owners at once"},
 		"one that was never ended": {append(slices.Clone(lives), lifetime{Started: 410, Seen: []sighting{{To: 450, State: "active", Epoch: 5, Line: true}}}), "nobody killed this owner"},

@@ -22,6 +22,7 @@ const (
 type status struct {
 	Image string    `json:"image"`
 	State string    `json:"state"`
+	Step  string    `json:"step"`
 	Epoch uint64    `json:"epoch"`
 	Since time.Time `json:"since"`
 	Size  int64     `json:"size"`

@@ -15,7 +15,7 @@ func (s *trio) saw(e *exporter, from int64, st status) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	l := &s.rec.Lives[e.via]
-	l.Seen = append(l.Seen, sighting{From: from, To: s.now(), State: st.State, Epoch: st.Epoch})
+	l.Seen = append(l.Seen, sighting{From: from, To: s.now(), State: st.State, Step: st.Step, Epoch: st.Epoch})
 }
 
 // granted notes that an exporter was said to be active between from and now.
