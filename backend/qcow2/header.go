@@ -59,6 +59,7 @@ const (
 	maxRefcountTable = 8 << 20  // bytes
 	maxSnapshots     = 65536
 	maxBackingName   = 1023
+	maxBackingFormat = 15
 )
 
 // Offsets in the header of fields that are written on their own.
@@ -204,12 +205,19 @@ func ReadHeader(f File) (*Header, error) {
 	}
 
 	// The rest is in the first cluster, which may be cut off in a file
-	// without any data. Hardly ever is more of it used than this.
+	// without any data: zeros follow then, which end the extensions. Hardly ever
+	// is more of it used than this.
 	whole := min(cluster, f.Length())
-	for n := min(headerGuess, whole); ; n = whole {
-		first := make([]byte, n)
+	if int64(h.Length) > whole {
+		return nil, damaged("its header of %d bytes is cut off", h.Length)
+	}
+	for n := min(max(headerGuess, int64(h.Length)), whole); ; n = whole {
+		first := make([]byte, n, n+8)
 		if err := f.ReadAt(first, 0); err != nil {
 			return nil, err
+		}
+		if n == whole {
+			first = first[:min(n+8, cluster)]
 		}
 		with := *h
 		ended, err := with.readRest(first, damaged)
@@ -242,8 +250,8 @@ func ReadHeader(f File) (*Header, error) {
 		return nil, damaged("compression type %d and the feature bit for it contradict each other", h.CompressionType)
 	case h.Incompatible&ExtendedL2 != 0 && h.ClusterBits < 14:
 		return nil, damaged("subclusters need clusters of 16 KiB or more, and these have %d bytes", cluster)
-	case h.Incompatible&DataFile == 0 && h.Autoclear&DataFileRaw != 0 && h.Version == 3:
-		h.Autoclear &^= DataFileRaw // as QEMU: it means nothing here
+	case h.Incompatible&DataFile == 0 && h.Autoclear&DataFileRaw != 0:
+		return nil, damaged("it says that its data file is raw, and has none")
 	}
 
 	h.L1Entries, h.L1Offset = int(be.Uint32(fixed[36:])), int64(be.Uint64(fixed[40:]))
@@ -256,17 +264,15 @@ func ReadHeader(f File) (*Header, error) {
 		return nil, damaged("an L1 table of %d entries is too large", h.L1Entries)
 	case need > int64(h.L1Entries):
 		return nil, damaged("its L1 table has %d entries, and a disk of %d bytes needs %d", h.L1Entries, h.Size, need)
-	case h.L1Entries > 0 && !g.tableOK(h.L1Offset):
+	case h.L1Entries > 0 && !g.tableOK(h.L1Offset), g.Within(h.L1Offset) != 0:
 		return nil, damaged("the L1 table's offset %#x is not the beginning of a cluster", uint64(h.L1Offset))
-	case h.RefcountLength == 0:
-		return nil, damaged("it has no refcount table")
 	case h.RefcountLength > maxRefcountTable>>bits:
 		return nil, damaged("a refcount table of %d clusters is too large", h.RefcountLength)
-	case !g.tableOK(h.RefcountOffset):
+	case h.RefcountOffset < 0 || g.Within(h.RefcountOffset) != 0:
 		return nil, damaged("the refcount table's offset %#x is not the beginning of a cluster", uint64(h.RefcountOffset))
 	case h.Snapshots > maxSnapshots:
 		return nil, damaged("%d internal snapshots are too many", h.Snapshots)
-	case h.Snapshots > 0 && !g.tableOK(h.SnapshotsOffset):
+	case h.Snapshots > 0 && !g.tableOK(h.SnapshotsOffset), g.Within(h.SnapshotsOffset) != 0:
 		return nil, damaged("the snapshot table's offset %#x is not the beginning of a cluster", uint64(h.SnapshotsOffset))
 	}
 	return h, nil
@@ -279,9 +285,6 @@ const headerGuess = 4 << 10
 // readRest reads, from the first bytes of the file, what stands behind the fixed
 // part of the header. ended says that there was no sign of more beyond them.
 func (h *Header) readRest(first []byte, damaged func(string, ...any) error) (ended bool, err error) {
-	if h.Length > len(first) {
-		return false, damaged("its header of %d bytes is cut off", h.Length)
-	}
 	be := binary.BigEndian
 	end := int64(len(first))
 	if off, n := be.Uint64(first[8:]), be.Uint32(first[16:]); off != 0 {
@@ -302,20 +305,26 @@ func (h *Header) readRest(first []byte, damaged func(string, ...any) error) (end
 // end.
 func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) (ended bool, err error) {
 	be := binary.BigEndian
-	for len(b) >= 8 {
-		typ, n := be.Uint32(b), int64(be.Uint32(b[4:]))
-		if typ == extEnd {
-			return true, nil
+	for len(b) > 0 {
+		if len(b) < 8 {
+			return false, damaged("header extensions end after %d bytes of one", len(b))
 		}
+		typ, n := be.Uint32(b), int64(be.Uint32(b[4:]))
 		b = b[8:]
 		if n > int64(len(b)) {
 			return false, damaged("header extension %#x of %d bytes reaches past the header", typ, n)
+		}
+		if typ == extEnd {
+			return true, nil
 		}
 		e := Extension{Type: typ, Data: bytes.Clone(b[:n])}
 		h.Extensions = append(h.Extensions, e)
 		b = b[min((n+7)&^7, int64(len(b))):]
 		switch typ {
 		case extBackingFormat:
+			if n > maxBackingFormat {
+				return false, damaged("the name of the backing file's format has %d bytes, more than %d", n, maxBackingFormat)
+			}
 			h.BackingFormat = string(e.Data)
 		case extDataFile:
 			h.DataFileName = string(e.Data)
@@ -325,9 +334,14 @@ func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) (e
 				name, _, _ := bytes.Cut(r[2:48], []byte{0})
 				h.FeatureNames[uint16(r[0])<<8|uint16(r[1])] = string(name)
 			}
+		case extEncryption:
+			return false, damaged("it has an encryption header and is not encrypted")
 		case extBitmaps:
 			if n != 24 {
 				return false, damaged("its bitmaps extension has %d bytes instead of 24", n)
+			}
+			if be.Uint32(e.Data[4:]) != 0 && h.Autoclear&BitmapsConsistent != 0 {
+				return false, damaged("a reserved field of its bitmaps extension is not zero")
 			}
 			h.Bitmaps = &BitmapsExtension{
 				Count:           int(be.Uint32(e.Data)),

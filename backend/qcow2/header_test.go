@@ -178,7 +178,6 @@ func TestReadHeaderRefuses(t *testing.T) {
 		"L1 too small":     {36, []byte{0, 0, 0, 1}, "L1 table has 1 entries", false},
 		"L1 too large":     {36, []byte{1, 0, 0, 0}, "too large", false},
 		"L1 offset":        {47, []byte{1}, "L1 table's offset", false},
-		"no refcounts":     {56, []byte{0, 0, 0, 0}, "no refcount table", false},
 		"snapshots":        {60, []byte{0, 2, 0, 0}, "snapshots are too many", false},
 		"named feature":    {72, []byte{0x80}, "bit 63", true},
 		"refcount order":   {99, []byte{7}, "wider than 64", false},

@@ -79,6 +79,9 @@ func newImage(f File, h *Header, l1Offset int64, l1Entries int, o Options) (*Ima
 	copied := *h
 	g := h.Geometry()
 	im := &Image{f: f, data: f, h: &copied, g: g, opts: o}
+	if h.RefcountLength == 0 {
+		return nil, im.damaged("it has no refcount table; nbd-export check --repair all makes one")
+	}
 	if g.External {
 		im.data = o.Data
 	}
