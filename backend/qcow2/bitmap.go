@@ -105,23 +105,37 @@ func (im *Image) readTable(b *bitmap) error {
 	}
 	for i, e := range t {
 		if im.g.bitmapFault(e) {
-			return im.damaged("bitmap %q: entry %d of its table, %#x, is not possible", b.Name, i, e)
+			return b.fault(im.f, i, e)
 		}
 	}
 	b.table = t
 	return nil
 }
 
+// tableEntries is how many entries the table of a bitmap has for a disk of size
+// bytes.
+func (e *BitmapEntry) tableEntries(g Geometry, size int64) int64 {
+	return max(g.Clusters(e.bytes(size)), 1)
+}
+
+// sizeFault is the error of a table that is not as long as a disk of size bytes
+// wants it, nil if it is.
+func (e *BitmapEntry) sizeFault(f File, g Geometry, size int64) error {
+	if want := e.tableEntries(g, size); e.TableEntries != want {
+		return &FormatError{Path: f.Path(), What: fmt.Sprintf("bitmap %q: its table has %d entries instead of %d", e.Name, e.TableEntries, want)}
+	}
+	return nil
+}
+
+// fault is the error of entry i of its table, which is none.
+func (e *BitmapEntry) fault(f File, i int, entry uint64) error {
+	return &FormatError{Path: f.Path(), What: fmt.Sprintf("bitmap %q: entry %d of its table, %#x, is not possible", e.Name, i, entry)}
+}
+
 // bitmapFault reports whether an entry of a bitmap table is none.
 func (g Geometry) bitmapFault(e uint64) bool {
 	off := hostOffset(e)
 	return e&bitmapTableReserved != 0 || off != 0 && (e&bitmapAllOnes != 0 || g.Within(off) != 0)
-}
-
-// tableEntries is how many entries the table of a bitmap has for a disk of size
-// bytes.
-func (im *Image) tableEntries(b *bitmap, size int64) int64 {
-	return max(im.g.Clusters(b.bytes(size)), 1)
 }
 
 // readBits reads the bits of a bitmap that can be trusted, once. The caller
@@ -133,8 +147,8 @@ func (im *Image) readBits(b *bitmap) error {
 	if err := im.readTable(b); err != nil {
 		return err
 	}
-	if want := im.tableEntries(b, im.Size()); b.TableEntries != want {
-		return im.damaged("bitmap %q: its table has %d entries instead of %d", b.Name, b.TableEntries, want)
+	if err := b.sizeFault(im.f, im.g, im.Size()); err != nil {
+		return err
 	}
 	words := b.countWords(im.Size())
 	if im.bitmaps.memory+8*words > maxBitmapMemory {

@@ -26,7 +26,7 @@ func (im *Image) canGrowBitmaps(size int64) error {
 		if err := im.readBits(b); err != nil {
 			return err
 		}
-		entries := im.tableEntries(b, size)
+		entries := b.tableEntries(im.g, size)
 		if entries<<im.g.ClusterBits > maxBitmapBytes {
 			return im.refused(unix.EFBIG, fmt.Sprintf("bitmap %q cannot have a bit for every %d bytes of a disk that large; remove it with qemu-img bitmap --remove", b.Name, int64(1)<<b.Granularity))
 		}

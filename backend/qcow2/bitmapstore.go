@@ -133,7 +133,7 @@ func (im *Image) storeBits() (stored []storedBitmap, err error) {
 }
 
 func (im *Image) storeOne(s *storedBitmap) error {
-	s.table = make([]uint64, im.tableEntries(s.b, im.Size()))
+	s.table = make([]uint64, s.b.tableEntries(im.g, im.Size()))
 	raw := make([]byte, im.g.ClusterSize())
 	for i := range s.table {
 		var host bool

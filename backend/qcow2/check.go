@@ -15,6 +15,9 @@ type Report struct {
 	// Findings are the first of both, in words.
 	Findings []string
 
+	// What Mend has mended, in the report of what is left.
+	CorruptionsFixed, LeaksFixed int64
+
 	// Of the active disk, in clusters.
 	Total, Allocated, Fragmented, Compressed int64
 	EndOffset                                int64 // where the last used cluster ends, bytes
@@ -29,13 +32,16 @@ func (r *Report) Clean() bool { return r.Corruptions+r.Leaks == 0 }
 // checker walks everything that the header leads to. It takes memory for a
 // table at a time and for counts: about a 16000th of the file's length with
 // clusters of 64 KiB.
+//
+// It counts as qemu-img check does, which reads the file as if zeros followed
+// it, and what a broken entry names as if it were right.
 type checker struct {
 	f        File
 	h        *Header
 	g        Geometry
 	r        Report
 	counts   counts
-	table    []uint64 // refcount table, decoded
+	table    []uint64 // refcount table: offsets of blocks that can be read, or 0
 	progress func(done, total int64)
 
 	// tables are the L2 tables by offset. Each is read once, however many
@@ -43,10 +49,20 @@ type checker struct {
 	tables map[int64]uses
 	weight uint32 // how many entries lead to what is being looked at
 
-	copied []copiedFlag // wrong ones of the active disk
-	broken bool         // refcount structures cannot be mended in place
-	lost   bool         // not all of what is used could be found
-	scan   int64        // where free looks next
+	// metadata are the clusters that tables are in, shared those that two are
+	// in, or that are named too often to be counted: what is written to a table
+	// there may be something else's.
+	metadata, shared clusterSet
+
+	// Corruptions that mending refcounts ends, and those of flags.
+	counting, flags int64
+
+	zeros  []entryFix // entries that can be plain zeros instead of what they are
+	copied []entryFix // flags of the active disk that do not fit
+	broken bool       // refcount structures cannot be mended in place
+	mixed  bool       // and some of their blocks may be something else too
+	lost   bool       // not all of what is used could be found
+	scan   int64      // where free looks next
 
 	block      []byte // the last one that refcount read
 	blockIndex int64
@@ -55,15 +71,17 @@ type checker struct {
 // uses is how many L1 entries lead to a table: of the active disk, and in all.
 type uses struct{ active, all uint32 }
 
-// copiedFlag is an entry whose flag does not fit its refcount.
-type copiedFlag struct {
-	off int64 // of the entry in the file
-	is  uint64
+// entryFix is what an entry has to be.
+type entryFix struct {
+	off   int64 // of the entry in the file
+	is    []byte
+	table int64 // the L2 table that it is of, -1 for the L1 table
 }
 
 // Check looks at all metadata, while nobody changes it. It reads only. progress,
 // which may be nil, is told bytes of tables looked at. The error is one of
-// reading; what is wrong with the image is in the report.
+// reading, or a *FormatError of bitmaps, with which QEMU opens no image; what
+// else is wrong with the image is in the report.
 func Check(f File, h *Header, progress func(done, total int64)) (*Report, error) {
 	c := newChecker(f, h, progress)
 	if err := c.run(); err != nil {
@@ -76,7 +94,10 @@ func newChecker(f File, h *Header, progress func(done, total int64)) *checker {
 	if progress == nil {
 		progress = func(int64, int64) {}
 	}
-	return &checker{f: f, h: h, g: h.Geometry(), counts: make(counts), tables: make(map[int64]uses), weight: 1, progress: progress}
+	return &checker{
+		f: f, h: h, g: h.Geometry(), counts: make(counts), tables: make(map[int64]uses), weight: 1,
+		metadata: make(clusterSet), shared: make(clusterSet), progress: progress,
+	}
 }
 
 func (c *checker) corrupt(format string, args ...any) {
@@ -96,8 +117,11 @@ func (c *checker) tell(format string, args ...any) {
 }
 
 func (c *checker) run() error {
-	c.r.Total = c.g.Clusters(c.h.Size)
-	if err := c.countAll(); err != nil {
+	c.r.Total = c.g.Clusters(c.h.Size &^ 511) // as QEMU, whose disks have whole sectors
+	if err := c.countContent(); err != nil {
+		return err
+	}
+	if err := c.walkRefcounts(); err != nil {
 		return err
 	}
 	if err := c.compare(); err != nil {
@@ -106,17 +130,9 @@ func (c *checker) run() error {
 	return c.checkCopied()
 }
 
-// countAll counts what the header leads to.
-func (c *checker) countAll() error {
-	if err := c.countContent(); err != nil {
-		return err
-	}
-	return c.walkRefcounts()
-}
-
 // countContent counts all but the refcount structures.
 func (c *checker) countContent() error {
-	c.count("header", 0, c.g.ClusterSize())
+	c.countTable("header", 0, c.g.ClusterSize())
 	if err := c.walkL1(c.h.L1Offset, c.h.L1Entries, true); err != nil {
 		return err
 	}
@@ -129,28 +145,70 @@ func (c *checker) countContent() error {
 	return c.walkBitmaps()
 }
 
-// count counts the clusters of a range, which begins in the file, and may end
-// past its end by less than a cluster.
+// count counts the clusters of a range, which may end past the end of the file
+// by less than a cluster.
 func (c *checker) count(what string, off, n int64) bool {
 	if n <= 0 {
 		return true
 	}
-	if off < 0 || n > 1<<62 || off >= c.f.Length() || off > c.f.Length()+c.g.ClusterSize()-1-n {
+	if off < 0 || off > 1<<62 || off+n-c.f.Length() >= c.g.ClusterSize() {
 		c.corrupt("%s: %d bytes at %#x reach past the end of the file", what, n, uint64(off))
 		return false
 	}
 	for k := off >> c.g.ClusterBits; k <= (off+n-1)>>c.g.ClusterBits; k++ {
-		c.counts.add(k, c.weight)
+		if over := c.counts.add(k, c.weight, c.most()); over > 0 {
+			c.shared.add(k)
+			c.r.Corruptions += int64(over)
+			c.tell("ERROR %s: cluster %d is named more often than a refcount of %d bits can count", what, k, 1<<c.g.RefcountOrder)
+		}
 	}
 	return true
 }
 
+// countTable is count of metadata.
+func (c *checker) countTable(what string, off, n int64) bool {
+	if !c.count(what, off, n) {
+		return false
+	}
+	c.note(off, n)
+	return true
+}
+
+// note notes that metadata is in a range that count has found to be possible.
+func (c *checker) note(off, n int64) {
+	for k := off >> c.g.ClusterBits; k <= (off+n-1)>>c.g.ClusterBits && n > 0; k++ {
+		if !c.metadata.add(k) {
+			c.shared.add(k)
+		}
+	}
+}
+
+// may reports whether an entry can be written without harm: nothing but the table
+// that it is of has its cluster, or what says so may be what is wrong.
+func (c *checker) may(x entryFix) bool {
+	k, uses := x.off>>c.g.ClusterBits, uint32(1)
+	if x.table >= 0 {
+		uses = c.tables[x.table].all
+	}
+	return c.metadata.has(k) && !c.shared.has(k) && c.counts.get(k) == uses && (x.table < 0 || c.g.Within(x.table) == 0)
+}
+
+// most is how often a cluster can be counted.
+func (c *checker) most() uint32 { return uint32(min(c.g.maxRefcount(), 1<<32-1)) }
+
+// read reads n bytes; what is past the end of the file reads as zeros.
+func (c *checker) read(off, n int64) ([]byte, error) {
+	raw := make([]byte, n)
+	if off < 0 || off >= c.f.Length() {
+		return raw, nil
+	}
+	return raw, c.f.ReadAt(raw[:min(n, c.f.Length()-off)], off)
+}
+
 // readWords reads n numbers of a table.
 func (c *checker) readWords(off, n int64) ([]uint64, error) {
-	raw := make([]byte, 8*n)
-	// What is past the end of the file reads as zeros.
-	have := min(max(c.f.Length()-off, 0), 8*n)
-	if err := c.f.ReadAt(raw[:have], off); err != nil {
+	raw, err := c.read(off, 8*n)
+	if err != nil {
 		return nil, err
 	}
 	words := make([]uint64, n)
@@ -162,33 +220,22 @@ func (c *checker) readWords(off, n int64) ([]uint64, error) {
 
 // walkL1 counts an L1 table and the L2 tables that it names.
 func (c *checker) walkL1(off int64, entries int, active bool) error {
-	if entries == 0 {
-		return nil
-	}
-	if !c.count("L1 table", off, 8*int64(entries)) {
-		return nil
-	}
+	c.countTable("L1 table", off, 8*int64(entries))
 	l1, err := c.readWords(off, int64(entries))
 	if err != nil {
 		return err
 	}
 	for i, e := range l1 {
-		l2 := hostOffset(e)
-		switch {
-		case e == 0:
+		if e == 0 {
 			continue
-		case e&l1Reserved != 0:
+		}
+		if e&l1Reserved != 0 {
 			c.corrupt("L1 entry %d, %#x, has reserved bits", i, e)
 		}
-		if l2 == 0 {
-			continue
-		}
-		if !c.g.tableOK(l2) {
+		l2 := hostOffset(e)
+		c.count(fmt.Sprintf("L2 table %d", i), l2, c.g.ClusterSize())
+		if c.g.Within(l2) != 0 {
 			c.corrupt("L1 entry %d: offset %#x is not the beginning of a cluster", i, l2)
-			continue
-		}
-		if !c.count(fmt.Sprintf("L2 table %d", i), l2, c.g.ClusterSize()) {
-			continue
 		}
 		u := c.tables[l2]
 		u.all++
@@ -204,55 +251,26 @@ func (c *checker) walkL1(off int64, entries int, active bool) error {
 func (c *checker) walkTables() error {
 	defer func() { c.weight = 1 }()
 	total := int64(len(c.tables)) << c.g.ClusterBits
+	room := c.f.Length() // tables that begin within a cluster overlap, and are not to be read without end
 	for i, off := range slices.Sorted(maps.Keys(c.tables)) {
-		c.weight = c.tables[off].all
-		if err := c.walkL2(off, int64(c.tables[off].active)); err != nil {
-			return err
-		}
-		c.progress(int64(i+1)<<c.g.ClusterBits, total)
-	}
-	return nil
-}
-
-// walkL2 counts what an L2 table names, to which active entries of the active
-// disk lead.
-func (c *checker) walkL2(off, active int64) error {
-	words, err := c.readWords(off, c.g.ClusterSize()/8)
-	if err != nil {
-		return err
-	}
-	width := int(c.g.EntrySize() / 8)
-	var next int64 // where the next cluster would follow the last one
-	for i := 0; i < len(words); i += width {
-		e := cell{entry: words[i]}
-		if width == 2 {
-			e.bits = words[i+1]
-		}
-		if e == (cell{}) {
-			continue
-		}
-		if what := c.g.fault(e); what != "" {
-			// What it names is used all the same, as far as that can be told.
-			c.corrupt("L2 entry %d of the table at %#x, %#x: %s", i/width, off, e.entry, what)
+		u := c.tables[off]
+		if c.g.Within(off) != 0 {
+			room -= c.g.ClusterSize()
 		}
 		switch {
-		case e.entry&entryCompressed != 0:
-			at, n := c.g.compressed(e.entry)
-			c.count("compressed cluster", at, min(n, max(c.f.Length()-at, 1)))
-			c.r.Allocated += active
-			c.r.Compressed += active
-			c.r.Fragmented += active
-		case c.g.hasHost(e):
-			at := hostOffset(e.entry)
-			c.r.Allocated += active
-			if next != 0 && at != next {
-				c.r.Fragmented += active
-			}
-			next = at + c.g.ClusterSize()
-			if !c.g.External {
-				c.count("data cluster", at, c.g.ClusterSize())
+		case off >= c.f.Length():
+			delete(c.tables, off) // all zeros
+		case room < 0:
+			delete(c.tables, off)
+			c.lost = true
+		default:
+			c.note(off, c.g.ClusterSize())
+			c.weight = u.all
+			if err := c.walkL2(off, int64(u.active)); err != nil {
+				return err
 			}
 		}
+		c.progress(int64(i+1)<<c.g.ClusterBits, total)
 	}
 	return nil
 }
@@ -267,12 +285,17 @@ func (c *checker) walkSnapshots() error {
 	if err != nil {
 		return err
 	}
-	c.count("snapshot table", c.h.SnapshotsOffset, n)
+	if len(all) > 0 && c.g.External {
+		c.corrupt("%d snapshots in an image with a data file", len(all))
+	}
 	room := c.f.Length() // their tables do not overlap
 	for i := range all {
 		s := &all[i]
+		if c.g.Version >= 3 && s.extra < 16 {
+			c.corrupt("snapshot %q: its entry has %d bytes of extra data, and 16 are needed", s.Name, s.extra)
+		}
 		room -= 8 * int64(s.L1Entries)
-		if s.L1Entries > maxL1Size/8 || s.L1Entries > 0 && !c.g.tableOK(s.L1Offset) || room < 0 {
+		if s.L1Entries > maxL1Size/8 || c.g.Within(s.L1Offset) != 0 || room < 0 {
 			c.lost = true
 			c.corrupt("snapshot %q: its L1 table, %d entries at %#x, is not possible", s.Name, s.L1Entries, uint64(s.L1Offset))
 			continue
@@ -281,32 +304,29 @@ func (c *checker) walkSnapshots() error {
 			return err
 		}
 	}
+	c.countTable("snapshot table", c.h.SnapshotsOffset, n)
 	return nil
 }
 
 func (c *checker) walkBitmaps() error {
-	if c.h.Autoclear&BitmapsConsistent == 0 {
+	if !c.h.HasBitmaps() {
 		return nil // the extension may be older than the image
 	}
 	all, err := Bitmaps(c.f, c.h)
-	if bad, ok := err.(*FormatError); ok {
-		c.lost = true
-		c.corrupt("%s", bad.What)
-		return nil
-	}
-	if err != nil || all == nil {
+	if err != nil {
 		return err
 	}
-	c.count("bitmap directory", c.h.Bitmaps.DirectoryOffset, c.h.Bitmaps.DirectorySize)
+	c.countTable("bitmap directory", c.h.Bitmaps.DirectoryOffset, c.h.Bitmaps.DirectorySize)
 	room := c.f.Length() // their tables do not overlap
 	for i := range all {
 		b := &all[i]
 		if room -= 8 * b.TableEntries; room < 0 {
-			c.lost = true
-			c.corrupt("bitmap %q: its table overlaps another one", b.Name)
-			return nil
+			return &FormatError{Path: c.f.Path(), What: fmt.Sprintf("bitmap %q: its table overlaps another one", b.Name)}
 		}
-		c.count("bitmap table", b.TableOffset, 8*b.TableEntries)
+		c.countTable("bitmap table", b.TableOffset, 8*b.TableEntries)
+		if err := b.sizeFault(c.f, c.g, c.h.Size); err != nil && !b.InUse {
+			return err
+		}
 		t, err := readBitmapTable(c.f, b)
 		if err != nil {
 			return err
@@ -314,6 +334,8 @@ func (c *checker) walkBitmaps() error {
 		for k, e := range t {
 			off := hostOffset(e)
 			switch {
+			case c.g.bitmapFault(e) && !b.InUse:
+				return b.fault(c.f, k, e)
 			case c.g.bitmapFault(e):
 				c.corrupt("bitmap %q: entry %d of its table, %#x, is not possible", b.Name, k, e)
 			case off != 0:
@@ -322,162 +344,4 @@ func (c *checker) walkBitmaps() error {
 		}
 	}
 	return nil
-}
-
-// walkRefcounts counts the refcount table and its blocks.
-func (c *checker) walkRefcounts() error {
-	if !c.count("refcount table", c.h.RefcountOffset, c.h.RefcountLength<<c.g.ClusterBits) {
-		c.broken = true
-		return nil
-	}
-	t, err := c.readWords(c.h.RefcountOffset, c.h.RefcountLength<<c.g.ClusterBits/8)
-	if err != nil {
-		return err
-	}
-	c.table = t
-	seen := make(clusterSet)
-	for i, e := range t {
-		switch {
-		case e == 0:
-		case e&0x1ff != 0 || !c.g.tableOK(int64(e)):
-			c.corrupt("refcount table entry %d, %#x, is not the offset of a cluster", i, e)
-			c.table[i], c.broken = 0, true
-		case !c.count(fmt.Sprintf("refcount block %d", i), int64(e), c.g.ClusterSize()) || !seen.add(int64(e)>>c.g.ClusterBits):
-			c.table[i], c.broken = 0, true
-		}
-	}
-	return nil
-}
-
-// compare compares what was counted with the refcounts.
-func (c *checker) compare() error {
-	per := c.g.refcountsPerBlock()
-	compared := make(map[int64]bool)
-	for i, e := range c.table {
-		if e == 0 {
-			continue
-		}
-		raw, err := c.readBlock(int64(e))
-		if err != nil {
-			return err
-		}
-		compared[int64(i)] = true
-		for k := range per {
-			c.compareOne(int64(i)*per+k, c.g.refcount(raw, k))
-		}
-	}
-	for _, page := range c.counts.pages() {
-		for k := range int64(countsPage) {
-			if n := page*countsPage + k; !compared[n/per] {
-				c.compareOne(n, 0)
-			}
-		}
-	}
-	c.r.EndOffset = max(c.r.EndOffset, c.counts.end()<<c.g.ClusterBits)
-	return nil
-}
-
-func (c *checker) compareOne(cluster int64, refcount uint64) {
-	used := uint64(c.counts.get(cluster))
-	past := cluster >= c.g.Clusters(c.f.Length()) // where a leak takes no space
-	switch {
-	case refcount < used:
-		c.corrupt("cluster %d refcount=%d reference=%d", cluster, refcount, used)
-	case past:
-		return
-	case refcount > used:
-		c.leak("Leaked cluster %d refcount=%d reference=%d", cluster, refcount, used)
-	}
-	if refcount > 0 {
-		c.r.EndOffset = max(c.r.EndOffset, (cluster+1)<<c.g.ClusterBits)
-	}
-}
-
-func (c *checker) readBlock(off int64) ([]byte, error) {
-	raw := make([]byte, c.g.ClusterSize())
-	err := c.f.ReadAt(raw[:min(int64(len(raw)), c.f.Length()-off)], off)
-	return raw, err
-}
-
-// checkCopied compares the flags of the active disk with the refcounts, and
-// notes those that do not fit what was counted: that is what the refcounts are
-// going to be.
-func (c *checker) checkCopied() error {
-	if int64(c.h.L1Entries) == 0 || c.h.L1Offset > c.f.Length()-8*int64(c.h.L1Entries) {
-		return nil
-	}
-	l1, err := c.readWords(c.h.L1Offset, int64(c.h.L1Entries))
-	if err != nil {
-		return err
-	}
-	width := int(c.g.EntrySize() / 8)
-	for i, e := range l1 {
-		l2 := hostOffset(e)
-		if l2 == 0 || !c.g.tableOK(l2) || l2 > c.f.Length()-c.g.ClusterSize() {
-			continue
-		}
-		if err := c.checkFlag("L1 table", c.h.L1Offset+8*int64(i), e, l2); err != nil {
-			return err
-		}
-	}
-	defer func() { c.weight = 1 }()
-	for _, l2 := range slices.Sorted(maps.Keys(c.tables)) {
-		if c.weight = c.tables[l2].active; c.weight == 0 {
-			continue
-		}
-		words, err := c.readWords(l2, c.g.ClusterSize()/8)
-		if err != nil {
-			return err
-		}
-		for k := 0; k < len(words); k += width {
-			e := cell{entry: words[k]}
-			if width == 2 {
-				e.bits = words[k+1]
-			}
-			if c.g.fault(e) != "" || e.entry&entryOffset == 0 || !c.g.hasHost(e) {
-				continue
-			}
-			if err := c.checkFlag("L2 table", l2+8*int64(k), e.entry, hostOffset(e.entry)); err != nil {
-				return err
-			}
-		}
-	}
-	return nil
-}
-
-func (c *checker) checkFlag(what string, off int64, e uint64, host int64) error {
-	cluster, n, used := host>>c.g.ClusterBits, uint64(1), uint32(1)
-	if !c.g.External || what == "L1 table" {
-		// Clusters of a data file have no refcounts, and one use.
-		var err error
-		if n, err = c.refcount(cluster); err != nil {
-			return err
-		}
-		used = c.counts.get(cluster)
-	}
-	copied := e&entryCopied != 0
-	if copied != (n == 1) {
-		c.corrupt("OFLAG_COPIED %s: entry %#x at %#x, refcount=%d", what, e, off, n)
-	}
-	if copied != (used == 1) {
-		c.copied = append(c.copied, copiedFlag{off, e ^ entryCopied})
-	}
-	return nil
-}
-
-// refcount of a cluster as it is in the file.
-func (c *checker) refcount(cluster int64) (uint64, error) {
-	per := c.g.refcountsPerBlock()
-	index := cluster / per
-	if index >= int64(len(c.table)) || c.table[index] == 0 {
-		return 0, nil
-	}
-	if c.block == nil || c.blockIndex != index {
-		raw, err := c.readBlock(int64(c.table[index]))
-		if err != nil {
-			return 0, err
-		}
-		c.block, c.blockIndex = raw, index
-	}
-	return c.g.refcount(c.block, cluster%per), nil
 }

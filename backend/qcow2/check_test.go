@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -289,5 +290,76 @@ func TestCheckOfDataFile(t *testing.T) {
 	}
 	if err := f.ReadAt(l1, l2+24); err != nil || binary.BigEndian.Uint64(l1) != 3<<16|entryCopied {
 		t.Errorf("the entry is %x, %v", l1, err)
+	}
+}
+
+// What reads as zeros anyway needs no cluster, and no refcount table is as good as
+// one that is broken.
+func TestMendWithoutLoss(t *testing.T) {
+	for name, c := range map[string]struct {
+		options string
+		damage  func(t *testing.T, f *memfile.File, h *Header)
+	}{
+		"a zero entry at an odd offset": {"cluster_size=4k", func(t *testing.T, f *memfile.File, h *Header) {
+			oddEntry(t, f, h, cell{entry: entryZero})
+		}},
+		"zero subclusters at an odd offset": {"cluster_size=16k,extended_l2=on", func(t *testing.T, f *memfile.File, h *Header) {
+			oddEntry(t, f, h, cell{bits: allZero})
+		}},
+		"no refcount table": {"cluster_size=4k", func(t *testing.T, f *memfile.File, h *Header) {
+			if err := f.WriteAt(make([]byte, 4), offRefcountTable+8, false); err != nil {
+				t.Fatal(err)
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := made(t, "1M", c.options)
+			im := begun(t, f, Options{})
+			data := bytes.Repeat([]byte{7}, 64<<10)
+			if err := errors.Join(im.writeAt(data, 0), im.Zero(0, 32<<10, true), im.Settle()); err != nil {
+				t.Fatal(err)
+			}
+			c.damage(t, f, im.Header())
+			h, err := ReadHeader(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := New(f, h, Options{}); (err != nil) != (h.RefcountLength == 0) {
+				t.Errorf("opened: %v", err)
+			}
+			before, after, err := Mend(f, h, RepairAll, nil)
+			if err != nil || before.Corruptions == 0 || !after.Clean() || after.CorruptionsFixed == 0 {
+				t.Fatalf("%+v, %+v, %v", before, after, err)
+			}
+			checked(t, f.Bytes(), true)
+			clear(data[:32<<10])
+			p := make([]byte, len(data))
+			if err := opened(t, f, Options{}).readAt(p, 0); err != nil || !bytes.Equal(p, data) {
+				t.Errorf("the disk differs at %d: %v", differs(p, data), err)
+			}
+		})
+	}
+}
+
+// oddEntry gives the first L2 entry a host offset within a cluster.
+func oddEntry(t *testing.T, f *memfile.File, h *Header, want cell) {
+	t.Helper()
+	word := func(off int64) uint64 {
+		p := make([]byte, 8)
+		if err := f.ReadAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+		return binary.BigEndian.Uint64(p)
+	}
+	l2 := hostOffset(word(h.L1Offset))
+	e := cell{entry: word(l2)}
+	if h.Geometry().Extended {
+		e.bits = word(l2 + 8)
+	}
+	if e.entry&entryZero != want.entry || e.bits != want.bits || hostOffset(e.entry) == 0 {
+		t.Fatalf("the entry is %x", e)
+	}
+	if err := f.WriteAt(be64(e.entry+512), l2, false); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -18,14 +18,16 @@ func (s counts) get(c int64) uint32 {
 	return 0
 }
 
-// add counts n more of a cluster, up to the highest number there is.
-func (s counts) add(c int64, n uint32) {
+// add counts n more of a cluster, up to most, and returns how many are over.
+func (s counts) add(c int64, n, most uint32) (over uint32) {
 	p := s[c/countsPage]
 	if p == nil {
 		p = new([countsPage]uint32)
 		s[c/countsPage] = p
 	}
-	p[c%countsPage] += min(n, 1<<32-1-p[c%countsPage])
+	more := min(n, most-p[c%countsPage])
+	p[c%countsPage] += more
+	return n - more
 }
 
 // pages are the numbers of the neighbourhoods, in ascending order.

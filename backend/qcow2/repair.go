@@ -30,7 +30,18 @@ func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (bef
 		return nil, nil, err
 	}
 	before = &c.r
-	if err := c.mend(what); err != nil {
+	var fixed Report
+	if what == RepairAll && !c.lost && len(c.zeros) > 0 {
+		if fixed.CorruptionsFixed, err = c.setEntries(c.zeros); err != nil {
+			return before, nil, err
+		}
+		// What they named may be free now.
+		c = newChecker(f, h, progress)
+		if err := c.run(); err != nil {
+			return before, nil, err
+		}
+	}
+	if err := c.mend(what, &fixed); err != nil {
 		return before, nil, err
 	}
 	fresh, err := ReadHeader(f)
@@ -38,13 +49,15 @@ func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (bef
 		return before, nil, err
 	}
 	*h = *fresh
-	after = before
-	if !before.Clean() || len(c.copied) > 0 {
+	after = &Report{}
+	*after = *before
+	if fixed.CorruptionsFixed+fixed.LeaksFixed > 0 {
 		if after, err = Check(f, h, progress); err != nil {
 			return before, nil, err
 		}
 	}
-	if what == RepairAll && after.Corruptions == 0 && h.Incompatible&(Dirty|Corrupt) != 0 {
+	after.CorruptionsFixed, after.LeaksFixed = fixed.CorruptionsFixed, fixed.LeaksFixed
+	if after.Corruptions == 0 && h.Incompatible&(Dirty|Corrupt) != 0 {
 		h.Incompatible &^= Dirty | Corrupt
 		if err := f.WriteAt(be64(h.Incompatible), offIncompatible, false); err != nil {
 			return before, after, err
@@ -54,34 +67,45 @@ func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (bef
 	return before, after, nil
 }
 
-func (c *checker) mend(what Repair) error {
+// mend mends refcounts and flags, and notes in fixed how many.
+func (c *checker) mend(what Repair, fixed *Report) error {
 	if c.lost {
-		// What seems to be free may be what a snapshot or a bitmap has.
+		// What seems to be free may be what a snapshot has.
 		return nil
 	}
 	if what == RepairLeaks {
-		if c.r.Leaks == 0 {
+		if c.mixed {
 			return nil
 		}
-		return c.setRefcounts(func(is, used uint64) uint64 { return min(is, used) })
+		if c.r.Leaks > 0 {
+			fixed.LeaksFixed = c.r.Leaks
+			if err := c.setRefcounts(func(is, used uint64) uint64 { return min(is, used) }); err != nil {
+				return err
+			}
+		}
+		if c.r.Corruptions > c.flags {
+			return nil // what flags have to be is not known before refcounts are right
+		}
+		return c.setFlags(fixed)
 	}
-	if c.r.Clean() && len(c.copied) == 0 {
-		return nil
-	}
-	in, err := c.addBlocks()
-	if err != nil {
-		return err
-	}
-	if !in {
-		if err := c.rebuild(); err != nil {
+	if c.counting > 0 || c.r.Leaks > 0 || c.broken {
+		fixed.CorruptionsFixed += c.counting
+		fixed.LeaksFixed = c.r.Leaks
+		in, err := c.addBlocks()
+		if err != nil {
 			return err
 		}
-		return c.setFlags()
+		if !in {
+			if err := c.rebuild(); err != nil {
+				return err
+			}
+			return c.setFlags(fixed)
+		}
+		if err := c.setRefcounts(func(is, used uint64) uint64 { return max(is, used) }); err != nil {
+			return err
+		}
 	}
-	if err := c.setRefcounts(func(is, used uint64) uint64 { return max(is, used) }); err != nil {
-		return err
-	}
-	if err := c.setFlags(); err != nil {
+	if err := c.setFlags(fixed); err != nil || c.r.Leaks == 0 {
 		return err
 	}
 	return c.setRefcounts(func(_, used uint64) uint64 { return used })
@@ -95,7 +119,7 @@ func (c *checker) setRefcounts(choose func(is, used uint64) uint64) error {
 		if e == 0 {
 			continue
 		}
-		raw, err := c.readBlock(int64(e))
+		raw, err := c.read(int64(e), c.g.ClusterSize())
 		if err != nil {
 			return err
 		}
@@ -127,13 +151,28 @@ func (c *checker) write(raw []byte, off int64) error {
 	return c.f.WriteAt(raw, off, false)
 }
 
-func (c *checker) setFlags() error {
-	for _, x := range c.copied {
-		if err := c.write(be64(x.is), x.off); err != nil {
-			return err
+// setFlags makes the flags of the active disk fit the refcounts.
+func (c *checker) setFlags(fixed *Report) error {
+	n, err := c.setEntries(c.copied)
+	fixed.CorruptionsFixed += n
+	return err
+}
+
+// setEntries writes those entries that may be written, and returns how many.
+func (c *checker) setEntries(all []entryFix) (n int64, err error) {
+	for _, x := range all {
+		if !c.may(x) {
+			continue
 		}
+		if err := c.write(x.is, x.off); err != nil {
+			return n, err
+		}
+		n++
 	}
-	return c.f.Sync()
+	if n == 0 {
+		return 0, nil
+	}
+	return n, c.f.Sync()
 }
 
 // addBlocks makes refcount blocks for clusters that none counts. It reports
@@ -158,7 +197,7 @@ func (c *checker) addBlocks() (bool, error) {
 			if err != nil {
 				return false, err
 			}
-			c.counts.add(host, 1)
+			c.counts.add(host, 1, 1)
 			c.table[index] = uint64(host) << c.g.ClusterBits
 			added = append(added, index)
 			again = true
@@ -254,7 +293,7 @@ func (c *checker) rebuild() error {
 		return fmt.Errorf("the refcounts of %s cannot be made anew: %w", c.f.Path(), err)
 	}
 	for k := range total {
-		c.counts.add(first+k, 1)
+		c.counts.add(first+k, 1, 1)
 	}
 	raw := make([]byte, table<<c.g.ClusterBits)
 	at := first + table
@@ -286,13 +325,16 @@ func (c *checker) rebuild() error {
 // recount counts all but the refcount structures, and finds the flags that do
 // not fit that.
 func (c *checker) recount() error {
-	defer func(found Report) { c.r = found }(c.r)
-	c.counts, c.tables = make(counts), make(map[int64]uses)
-	if err := c.countContent(); err != nil {
+	n := newChecker(c.f, c.h, c.progress)
+	if err := n.countContent(); err != nil {
 		return err
 	}
-	c.copied = nil
-	return c.checkCopied()
+	n.table = c.table
+	if err := n.checkCopied(); err != nil {
+		return err
+	}
+	c.counts, c.tables, c.metadata, c.shared, c.copied = n.counts, n.tables, n.metadata, n.shared, n.copied
+	return nil
 }
 
 // repairDirty mends an image whose last owner died, and reads it anew.

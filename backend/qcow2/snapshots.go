@@ -19,6 +19,7 @@ type Snapshot struct {
 	L1Offset  int64
 	L1Entries int
 	at        int64 // offset of its entry in the file
+	extra     int64 // bytes of extra data of the entry
 }
 
 const (
@@ -69,6 +70,7 @@ func readSnapshots(f File, h *Header) (all []Snapshot, n int64, err error) {
 			ID:        string(rest[extra:][:id]),
 			Name:      string(rest[extra:][id:]),
 			at:        at,
+			extra:     extra,
 		}
 		if extra >= 8 {
 			s.StateSize = int64(be.Uint64(rest))

@@ -150,7 +150,7 @@ func (r *checkReport) nothingToCheck(cmd *cobra.Command) error {
 
 func (r *checkReport) fill(before, after *qcow2.Report) {
 	r.Corruptions, r.Leaks = after.Corruptions, after.Leaks
-	r.CorruptionsFixed, r.LeaksFixed = max(before.Corruptions-after.Corruptions, 0), max(before.Leaks-after.Leaks, 0)
+	r.CorruptionsFixed, r.LeaksFixed = after.CorruptionsFixed, after.LeaksFixed
 	r.Total, r.Allocated, r.Fragmented, r.Compressed = after.Total, after.Allocated, after.Fragmented, after.Compressed
 	r.EndOffset = after.EndOffset
 	r.Findings = append([]string{}, before.Findings...)
