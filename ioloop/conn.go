@@ -114,7 +114,7 @@ type conn struct {
 	batch    batch
 	sequence sequence
 	turns    turns
-	single   int // reads in a row that were the only request: see startRead
+	single   int          // reads in a row that were the only request: see startRead
 	deep     int          // how many more reply buffers are to be deep ones
 	gaps     []gap        // of the reply buffer
 	pinned   []pinnedRead // the first pins of them have gaps

@@ -15,7 +15,7 @@ const singleAt = 32
 
 // startRead is start for a read that is to wait for a device.
 func (c *conn) startRead(t *task) {
-	if c.r < c.w || c.peeker == nil || t.req.Length > inlineLarge || c.busy() {
+	if c.r < c.w || c.peeker == nil || c.busy() {
 		c.single = 0
 	} else if c.single++; c.single > singleAt && c.e.mayRead() {
 		c.readHere(t)

@@ -40,6 +40,9 @@ func (c *conn) read(r *Request) error {
 	if len(c.gaps) == maxGaps {
 		c.flush()
 	}
+	if !c.readAhead(r, false) {
+		return errGone
+	}
 	dst := c.space(MaxHeader + int(r.Length))
 	n, err := c.tryRead(dst, r)
 	switch err {
@@ -49,11 +52,13 @@ func (c *conn) read(r *Request) error {
 		c.batch.bytesRead += uint64(r.Length)
 		return nil
 	case backend.ErrWait:
+		if !c.readAhead(r, true) {
+			return errGone
+		}
 		t, ok := c.newTask(r, r.Length)
 		if !ok {
 			return errGone
 		}
-		t.ahead = c.aheadOf(r)
 		c.startRead(t)
 		return nil
 	}
@@ -127,6 +132,9 @@ func fetch(img backend.Image, p *backend.Plan, dst []byte, now bool) error {
 
 // readLarge is read for what would fill the reply buffer.
 func (c *conn) readLarge(r *Request) error {
+	if !c.readAhead(r, false) {
+		return errGone
+	}
 	t, ok := c.lendTask(r, r.Length)
 	if !ok {
 		return errGone
@@ -137,22 +145,24 @@ func (c *conn) readLarge(r *Request) error {
 		return nil
 	}
 	t.buf = c.e.buffers.get(r.Length)
-	if r.Length > inlineLarge {
-		c.start(t)
-		return nil
+	if r.Length <= inlineLarge {
+		switch err := t.fetch(true); err {
+		case nil:
+			c.batch.reads++
+			c.batch.bytesRead += uint64(r.Length)
+			c.flush()
+			t.sendData()
+			return nil
+		case backend.ErrWait:
+		default:
+			t.free()
+			c.replyError(r, err)
+			return nil
+		}
 	}
-	switch err := t.fetch(true); err {
-	case nil:
-		c.batch.reads++
-		c.batch.bytesRead += uint64(r.Length)
-		c.flush()
-		t.sendData()
-	case backend.ErrWait:
-		t.ahead = c.aheadOf(r)
-		c.startRead(t)
-	default:
-		t.free()
-		c.replyError(r, err)
+	c.startRead(t)
+	if !c.readAhead(r, true) { // after it, which holds memory
+		return errGone
 	}
 	return nil
 }

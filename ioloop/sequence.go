@@ -1,22 +1,29 @@
 package ioloop
 
+// The windows of reading ahead, in bytes. What was read ahead of a large read is
+// sent from the page cache, not through a buffer. Cold 1M reads in sequence at
+// depth 4, ext4, two cores, operations/s and server's processor time in
+// microseconds, four runs each: not ahead 0.8k to 1.25k, 2 MiB 0.65k to 1.2k @540
+// to 1450, 4 MiB 0.9k to 1.3k @360 to 730, 8 MiB 1.0k to 1.45k @230 to 330, 16 MiB
+// 0.6k to 1.3k @310 to 1580.
 const (
 	leastAhead = 128 << 10
-	mostAhead  = 2 << 20
-	// longRead is a read from which on reading ahead gains nothing, in bytes: it
-	// keeps the device busy by itself.
-	longRead = 256 << 10
+	mostAhead  = 8 << 20
 )
 
 // sequence follows a connection's reads. Where one that is not in the page cache
-// continues those before it, what lies behind it is read ahead: files that are
-// written are open in a way that leaves that to us (backend, smallFolios).
+// continues those before it, what lies behind it is read ahead, and from then on
+// more of it before the reads have come to its end: files that are written are
+// open in a way that leaves that to us (backend, smallFolios).
 type sequence struct {
 	end     int64 // of the last read, bytes
 	follows bool  // it began where the one before it ended
 	window  int64 // bytes last read ahead
 	to      int64 // the end of them
 }
+
+// span is a range of the export, in bytes.
+type span struct{ off, n int64 }
 
 // note is told of each read as it comes.
 func (s *sequence) note(r *Request) {
@@ -26,21 +33,51 @@ func (s *sequence) note(r *Request) {
 	s.end = r.Offset + r.Length
 }
 
-// missed is told of the read noted last that it is not in the cache. It returns
-// how many bytes from its start are to be read ahead.
-func (s *sequence) missed(r *Request) int64 {
-	if !s.follows || r.Length >= longRead || s.end <= s.to {
-		return 0
+// ahead returns what is to be read ahead now, behind the read noted last, and
+// counts on it: nothing if enough is under way. missed says that the read itself
+// is not in the cache.
+func (s *sequence) ahead(r *Request, missed bool) (a span) {
+	if !s.follows || s.window == 0 && !missed || s.to-s.end > s.window/4*3 {
+		return span{}
 	}
 	s.window = min(max(2*s.window, leastAhead, 2*r.Length), mostAhead)
-	s.to = r.Offset + s.window
-	return s.window
+	a.off = max(s.to, s.end)
+	s.to = s.end + s.window
+	a.n = s.to - a.off
+	return a
 }
 
-// aheadOf is missed, where that is of use.
-func (c *conn) aheadOf(r *Request) int64 {
+// readAhead has a worker read ahead what goes with r, if anything does; it may
+// block. It reports false if the connection ended.
+func (c *conn) readAhead(r *Request, missed bool) bool {
 	if !c.disk.cached {
-		return 0
+		return true
 	}
-	return c.sequence.missed(r)
+	a := c.sequence.ahead(r, missed)
+	if n := c.disk.Image.Size() - a.off; a.n > n {
+		a.n = n
+	}
+	if a.n <= 0 {
+		return true
+	}
+	t, ok := c.newTask(&Request{Op: OpCache, Offset: a.off, Length: a.n}, 0)
+	if !ok {
+		return false
+	}
+	t.ahead = true
+	c.list(t)
+	c.e.sched.submit(t)
+	return true
+}
+
+// runAhead executes the task of readAhead. Nobody waits for it, nor hears of an
+// error: a read will.
+func (t *task) runAhead() {
+	c, r := t.conn, &t.req
+	g := c.lane.EnterRead()
+	if !c.lane.Stopping() && checkRange(c.disk.Image, r) == nil {
+		_ = c.disk.Image.Cache(r.Offset, r.Length)
+	}
+	c.lane.LeaveRead(g)
+	t.forget()
 }

@@ -21,7 +21,7 @@ type task struct {
 	admitted bool    // holds an admission of the lane
 	passed   bool    // need not wait for the disk's Pace
 	stored   bool    // a write that only has to be flushed
-	ahead    int64   // bytes from the start of a read that are to be read ahead
+	ahead    bool    // see readAhead
 	began    time.Time
 	since    state.Arrival // when it first asked the gate
 	chained  bool          // was held; when it has ended the next one may go
@@ -125,7 +125,7 @@ func keep[E any](s []E) []E {
 // start hands t to the ring or a worker. It never waits.
 func (c *conn) start(t *task) {
 	c.list(t)
-	if t.ahead > 0 || !c.toRing(t) { // reading ahead may block
+	if !c.toRing(t) {
 		c.e.sched.submit(t)
 	}
 }
@@ -271,6 +271,10 @@ func (t *task) run() {
 // have been parked again.
 func (t *task) try() (ended bool) {
 	c := t.conn
+	if t.ahead {
+		t.runAhead()
+		return true
+	}
 	if t.req.Op == OpRead {
 		t.conclude(t.fetch(false))
 		return true
@@ -417,9 +421,6 @@ func (t *task) fetch(now bool) error {
 	}
 	if err := checkRange(img, r); err != nil {
 		return err
-	}
-	if t.ahead > 0 {
-		_ = img.Cache(r.Offset, min(t.ahead, img.Size()-r.Offset)) // a hint
 	}
 	mode := backend.MayBlock
 	if now {
