@@ -191,8 +191,9 @@ type Image interface {
 	// equal flags merged, at most max entries; what they cover may end
 	// before off+n if max was reached.
 	Status(dst []Status, off, n int64, max int) ([]Status, error)
-	// BitmapStatus is Status of the persistent dirty bitmap of that name. The
-	// error is ENOENT if there is none, and EINVAL if it is inconsistent.
+	// BitmapStatus is Status of the persistent dirty bitmap of that name. Where
+	// that tells nothing, as one that is gone or inconsistent, all is dirty: who
+	// copies what is dirty then copies all.
 	BitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error)
 }
 

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"fmt"
 
 	"golang.org/x/sys/unix"
@@ -97,5 +98,18 @@ func (q *qcow) bitmapStatus(dst []Status, bitmap string, off, n int64, max int) 
 		max--
 		return max > 0
 	})
-	return dst, err
+	if !tellsNothing(err) {
+		return dst, err
+	}
+	if _, logged := q.silent.LoadOrStore(bitmap, nil); !logged {
+		q.image.warnf("clients that ask for bitmap %q are told that all is dirty: %v", bitmap, err)
+	}
+	return append(dst, Status{Length: n, Flags: StatusDirty}), nil
+}
+
+// tellsNothing reports whether an error is about the bitmap, and not about
+// reading it.
+func tellsNothing(err error) bool {
+	_, damaged := errors.AsType[*qcow2.FormatError](err)
+	return damaged || errors.Is(err, unix.ENOENT) || errors.Is(err, unix.EINVAL) || errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.EFBIG)
 }

@@ -57,9 +57,7 @@ func TestBitmapsOfOwned(t *testing.T) {
 	must(t, inactivate(o))
 	wantStatus(grown...)
 	checkQcow(t, path)
-	_, err := o.BitmapStatus(nil, "none", 0, 1, 1)
-	wantErrno(t, err, unix.ENOENT)
-	_, err = o.BitmapStatus(nil, "b", 2<<20-1, 2, 1)
+	_, err := o.BitmapStatus(nil, "b", 2<<20-1, 2, 1)
 	wantErrno(t, err, unix.EIO)
 
 	raw := openImage(t, Options{Path: writeFile(t, t.TempDir(), make([]byte, 512))}, nil)
@@ -68,4 +66,48 @@ func TestBitmapsOfOwned(t *testing.T) {
 	}
 	_, err = raw.BitmapStatus(nil, "b", 0, 1, 1)
 	wantErrno(t, err, unix.ENOENT)
+}
+
+// A bitmap that tells nothing keeps nobody from what else there is to be told:
+// all is dirty by it. One that cannot be read now is an error.
+func TestBitmapsThatTellNothing(t *testing.T) {
+	path := makeQcow(t, t.TempDir(), "1M")
+	qemuImg(t, "bitmap", "--add", "-g", "4k", path, "b")
+	qemuImg(t, "bitmap", "--add", "--disable", path, "off")
+	owner := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+	must(t, activate(owner, false))
+	must(t, write(owner, 0, make([]byte, 1), false))
+	must(t, inactivate(owner))
+	qemuImg(t, "bitmap", "--merge", "b", path, "off")
+	must(t, activate(owner, false))
+	must(t, write(owner, 0, make([]byte, 1), false))
+	must(t, owner.Flush())
+	died := writeFile(t, t.TempDir(), contentOf(t, path))
+
+	var f failing
+	var warned []string
+	o := openImage(t, Options{Path: died, Format: "qcow2", Warn: func(s string) { warned = append(warned, s) }}, f.hook)
+	must(t, activate(o, false))
+	for _, c := range []struct{ name, why string }{
+		{"b", "is inconsistent"},
+		{"none", "it has no bitmap"},
+	} {
+		warned = nil
+		for range 2 {
+			got, err := o.BitmapStatus([]Status{{Length: 1}}, c.name, 4096, 100, 1)
+			if err != nil || !slices.Equal(got, []Status{{Length: 1}, {100, StatusDirty}}) {
+				t.Errorf("%s: %v, %v", c.name, got, err)
+			}
+		}
+		if len(warned) != 1 || !strings.Contains(warned[0], c.why) {
+			t.Errorf("%s: logged %q", c.name, warned)
+		}
+	}
+	f.set(opRead, unix.EIO)
+	_, err := o.BitmapStatus(nil, "off", 0, 1, 1)
+	wantErrno(t, err, unix.EIO)
+	f.set(opRead, nil)
+	if got, err := o.BitmapStatus(nil, "off", 0, 1<<20, 9); err != nil || !slices.Equal(got, []Status{{64 << 10, StatusDirty}, {Length: 960 << 10}}) {
+		t.Errorf("%v, %v", got, err)
+	}
 }

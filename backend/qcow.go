@@ -3,6 +3,7 @@ package backend
 import (
 	"hash/maphash"
 	"io/fs"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -25,6 +26,9 @@ type qcow struct {
 	size   atomic.Int64
 	active bool
 	about  QcowInfo // as it was opened
+	// silent has the names of bitmaps that have told nothing, which is logged
+	// once.
+	silent sync.Map
 }
 
 // QcowInfo is what the header of a qcow2 image says.

@@ -310,3 +310,42 @@ func TestInconsistentBitmapsDoNotGrow(t *testing.T) {
 		m.quit()
 	}
 }
+
+// A client keeps its connection while a bitmap it has selected goes, by another
+// owner, and comes again. What is not known is dirty, and nothing else is kept from
+// the client.
+func TestBitmapsThatVanish(t *testing.T) {
+	image := bitmapImage(t, "cluster_size=64k")
+	e := serve(t, image, "-f", "qcow2", "--bitmap", "b", "--bitmap", "off")
+	python(t, e.uri(), fmt.Sprintf(`
+import subprocess
+
+def owned_by_another(*commands):
+    subprocess.run([%q, "inactivate", "--control", %q], check=True)
+    for c in commands:
+        subprocess.run(c.split(), stdout=subprocess.DEVNULL)
+    subprocess.run([%[1]q, "activate", "--control", %[2]q], check=True)
+
+def told(flags=0):
+    seen = {}
+    h.block_status(1 << 20, 0, lambda context, off, entries, err: seen.update({context: entries}), flags)
+    assert seen["qemu:dirty-bitmap:off"] == [1 << 20, 0], seen
+    assert seen["base:allocation"][:2] == [64 << 10, 0], seen
+    return seen["qemu:dirty-bitmap:b"]
+
+image = %[3]q
+h = connect("base:allocation", "qemu:dirty-bitmap:b", "qemu:dirty-bitmap:off")
+h.pwrite(b"x" * 65536, 0)
+known = [64 << 10, 1, 960 << 10, 0]
+assert told() == known
+owned_by_another("qemu-img bitmap --remove " + image + " b")
+assert told() == told(nbd.CMD_FLAG_REQ_ONE) == [1 << 20, 1]
+owned_by_another("qemu-img bitmap --add " + image + " b")
+assert told() == [1 << 20, 0]
+h.pwrite(b"x" * 65536, 0)
+assert told() == known
+`, program(t), e.control, image))
+	if n := strings.Count(e.log.String(), `bitmap "b" are told that all is dirty`); n != 1 {
+		t.Errorf("logged %d times:\n%s", n, e.log)
+	}
+}
