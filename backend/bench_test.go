@@ -5,6 +5,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 func benchFile(b *testing.B, dir string) *File {
@@ -22,7 +24,7 @@ func benchFile(b *testing.B, dir string) *File {
 
 func benchDirs(b *testing.B, fn func(b *testing.B, f *File, p []byte, off func(i int) int64)) {
 	off := func(i int) int64 { return int64(uint32(i)*2654435761%4096) * 4096 }
-	for name, dir := range map[string]string{"disk": b.TempDir(), "tmpfs": shmDir(b)} {
+	for name, dir := range map[string]string{"disk": testfs.Disk(b), "tmpfs": testfs.Memory(b)} {
 		b.Run(name, func(b *testing.B) {
 			f := benchFile(b, dir)
 			p := make([]byte, 4096)
@@ -96,7 +98,7 @@ func BenchmarkWriteOtherSyscall(b *testing.B) {
 
 // A whole cached read and write as requests make them.
 func BenchmarkRawMap(b *testing.B) {
-	r, err := Open(Options{Path: writeFile(b, shmDir(b), make([]byte, 16<<20)), Format: "raw"})
+	r, err := Open(Options{Path: writeFile(b, testfs.Memory(b), make([]byte, 16<<20)), Format: "raw"})
 	must(b, err)
 	defer r.Close()
 	must(b, activate(r, false))
@@ -157,7 +159,7 @@ func TestNoAllocations(t *testing.T) {
 
 // BenchmarkOwnership is an image that is taken, written and let go, by format.
 func BenchmarkOwnership(b *testing.B) {
-	dir := shmDir(b)
+	dir := testfs.Memory(b)
 	raw := writeFile(b, dir, pattern(64<<20, 1))
 	images := map[string]string{"raw": raw, "qcow2": dir + "/q"}
 	qemuImg(b, "convert", "-f", "raw", "-O", "qcow2", raw, images["qcow2"])

@@ -8,12 +8,14 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 // Single bytes of one sector written at once are all there.
 func TestDirectSharedSector(t *testing.T) {
 	for _, size := range []int{64 << 10, 64<<10 + 77} {
-		path := writeFile(t, t.TempDir(), make([]byte, size))
+		path := writeFile(t, testfs.Disk(t), make([]byte, size))
 		f := openTest(t, path, openHow{write: true, direct: true})
 		base := int64(size) - 512 // the tail, if there is one
 		for _, at := range []int64{0, 4096, base} {
@@ -42,7 +44,7 @@ func TestDirectSharedSector(t *testing.T) {
 
 // A whole block written beside single bytes of its neighbours, over and over.
 func TestDirectMixedWriters(t *testing.T) {
-	path := writeFile(t, t.TempDir(), make([]byte, 32<<10))
+	path := writeFile(t, testfs.Disk(t), make([]byte, 32<<10))
 	f := openTest(t, path, openHow{write: true, direct: true})
 	a := int64(f.traits.Align)
 	var wg sync.WaitGroup
@@ -70,7 +72,7 @@ func TestDirectMixedWriters(t *testing.T) {
 // any other opener.
 func TestDirectTailCoherent(t *testing.T) {
 	const size = 20000
-	path := writeFile(t, t.TempDir(), make([]byte, size))
+	path := writeFile(t, testfs.Disk(t), make([]byte, size))
 	f := openTest(t, path, openHow{write: true, direct: true})
 	if f.tailFd < 0 || f.tail.Load() >= size || f.tail.Load()%pageSize != 0 {
 		t.Fatalf("tail at %d, descriptor %d", f.tail.Load(), f.tailFd)
@@ -90,7 +92,7 @@ func TestDirectTailCoherent(t *testing.T) {
 
 // Zeroing and discarding keep away from a block that is being changed.
 func TestDirectZeroExcluded(t *testing.T) {
-	path := writeFile(t, t.TempDir(), pattern(16<<10, 1))
+	path := writeFile(t, testfs.Disk(t), pattern(16<<10, 1))
 	for name, erase := range map[string]func(*File) error{
 		"zero":  func(f *File) error { return f.Zero(4096, 4096, 0) },
 		"punch": func(f *File) error { return f.Punch(4096, 4096) },
@@ -173,13 +175,13 @@ func TestRanges(t *testing.T) {
 
 func TestDirectRefused(t *testing.T) {
 	h := new(failing)
-	path := writeFile(t, t.TempDir(), make([]byte, 5000))
+	path := writeFile(t, testfs.Disk(t), make([]byte, 5000))
 	h.set(opOpen, unix.EINVAL)
 	_, err := openFile(path, openHow{direct: true, faults: h.hook})
 	wantErrno(t, err, unix.EINVAL)
 	t.Log(err)
 	// tmpfs is the page cache: nothing to go around.
-	shm := writeFile(t, shmDir(t), make([]byte, 5000))
+	shm := writeFile(t, testfs.Memory(t), make([]byte, 5000))
 	f, err := openFile(shm, openHow{direct: true})
 	if err != nil {
 		t.Skip(err)
@@ -194,7 +196,7 @@ func TestDirectRefused(t *testing.T) {
 
 func TestAlignedMemory(t *testing.T) {
 	b := make([]byte, 3*pageSize)
-	path := writeFile(t, t.TempDir(), pattern(64<<10, 3))
+	path := writeFile(t, testfs.Disk(t), pattern(64<<10, 3))
 	f := openTest(t, path, openHow{write: true, direct: true})
 	want, err := os.ReadFile(path)
 	must(t, err)

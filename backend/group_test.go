@@ -11,6 +11,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nbd-export/nbd-export/internal/testfs"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -99,7 +100,7 @@ func TestGroupAllOrNone(t *testing.T) {
 		for _, row := range rows {
 			for _, op := range row.ops {
 				for at := range 3 {
-					g := newGroup(t, shmDir(t))
+					g := newGroup(t, testfs.Memory(t))
 					must(t, g.activate())
 					g.at, g.step, g.op, g.err = at, row.step, op, unix.EIO
 					t.Run(fmt.Sprintf("%s, %s of image %d", row.step, op, at), func(t *testing.T) {

@@ -14,6 +14,8 @@ import (
 
 	"go.uber.org/goleak"
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
@@ -42,16 +44,18 @@ var _ ownership = (*Owned)(nil)
 
 // onEach runs fn in a directory of the disk and in one of tmpfs.
 func onEach(t *testing.T, fn func(t *testing.T, dir string)) {
-	t.Run("disk", func(t *testing.T) { fn(t, t.TempDir()) })
-	t.Run("tmpfs", func(t *testing.T) { fn(t, shmDir(t)) })
+	t.Run("disk", func(t *testing.T) { fn(t, testfs.Disk(t)) })
+	t.Run("tmpfs", func(t *testing.T) { fn(t, testfs.Memory(t)) })
 }
 
-func shmDir(t testing.TB) string {
-	dir, err := os.MkdirTemp("/dev/shm", "backend")
-	if err != nil {
-		t.Skip("no /dev/shm: ", err)
+// smallFS is a tmpfs of 64 KiB.
+func smallFS(t testing.TB) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("none", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatalf("cannot mount a small file system: %v; run this as root, or do without with -skip %s", err, t.Name())
 	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
 	return dir
 }
 
@@ -81,17 +85,25 @@ func wantErrno(t testing.TB, err error, want error) {
 	}
 }
 
-// openTest opens a File and closes it at the end of the test. Where O_DIRECT
-// does not work the test is skipped.
+// openTest opens a File and closes it at the end of the test.
 func openTest(t testing.TB, path string, how openHow) *File {
 	t.Helper()
 	f, err := openFile(path, how)
-	if how.direct && isErrno(err, unix.EINVAL) {
-		t.Skip(err)
+	if how.direct {
+		skipWithoutDirect(t, path, err)
 	}
 	must(t, err)
 	t.Cleanup(func() { f.Close() })
 	return f
+}
+
+// skipWithoutDirect skips the test if err is that of O_DIRECT on tmpfs before
+// Linux 6.6.
+func skipWithoutDirect(t testing.TB, path string, err error) {
+	t.Helper()
+	if isErrno(err, unix.EINVAL) && testfs.InMemory(t, path) {
+		t.Skip(err)
+	}
 }
 
 // asOnNetwork has nothing taken for granted that was found of the image's file,
@@ -107,8 +119,8 @@ func openImage(t testing.TB, o Options, h faults) *Owned {
 		o.Warn = func(s string) { t.Log(s) }
 	}
 	r, err := open(o, h)
-	if o.Cache == CacheNone && isErrno(err, unix.EINVAL) {
-		t.Skip(err)
+	if o.Cache == CacheNone {
+		skipWithoutDirect(t, o.Path, err)
 	}
 	must(t, err)
 	t.Cleanup(func() { r.Close() })

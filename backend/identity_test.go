@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 func TestIdentify(t *testing.T) {
@@ -52,7 +54,7 @@ func TestIdentify(t *testing.T) {
 }
 
 func TestIdentifyTellsWhatIsWrong(t *testing.T) {
-	path := writeFile(t, shmDir(t), make([]byte, 4096))
+	path := writeFile(t, testfs.Memory(t), make([]byte, 4096))
 	open := &failing{}
 	a := openImage(t, Options{Path: path}, open.hook)
 	open.set(opOpen, unix.EROFS)
@@ -81,11 +83,7 @@ func TestIdentifyTellsWhatIsWrong(t *testing.T) {
 
 // What could not be written is told without a descriptor that could write.
 func TestIdentifyOnReadOnlyFileSystem(t *testing.T) {
-	dir := t.TempDir()
-	if err := unix.Mount("none", dir, "tmpfs", 0, "size=64k"); err != nil {
-		t.Skip("cannot mount: ", err)
-	}
-	defer unix.Unmount(dir, unix.MNT_DETACH)
+	dir := smallFS(t)
 	a := openImage(t, Options{Path: writeFile(t, dir, make([]byte, 4096))}, nil)
 	if i := a.Identify(); i.OpenErr != nil {
 		t.Error(i.OpenErr)
@@ -99,7 +97,7 @@ func TestIdentifyOnReadOnlyFileSystem(t *testing.T) {
 }
 
 func TestNoteOnlyByTheOwner(t *testing.T) {
-	dir := shmDir(t)
+	dir := testfs.Memory(t)
 	path := writeFile(t, dir, make([]byte, 4096))
 	disk := &failing{}
 	a := openImage(t, Options{Path: path}, disk.hook)
@@ -119,7 +117,7 @@ func TestNoteOnlyByTheOwner(t *testing.T) {
 	}
 	wantFenced(t, err)
 
-	off := openImage(t, Options{Path: writeFile(t, shmDir(t), make([]byte, 4096)), OwnerRecord: OwnerRecordOff}, nil)
+	off := openImage(t, Options{Path: writeFile(t, testfs.Memory(t), make([]byte, 4096)), OwnerRecord: OwnerRecordOff}, nil)
 	must(t, activate(off, false))
 	if noted, err := off.Note("n"); noted || err != nil {
 		t.Error(noted, err)

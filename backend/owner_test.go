@@ -160,7 +160,7 @@ func TestCloseAnywhere(t *testing.T) {
 func TestTwoOwners(t *testing.T) {
 	modes(t, func(t *testing.T, dir string, o Options) {
 		if o.ReadOnly {
-			t.Skip()
+			return // neither would write
 		}
 		o.Path = writeFile(t, dir, make([]byte, 9999))
 		a, b := openImage(t, o, nil), openImage(t, o, nil)

@@ -13,6 +13,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 // qemuImg runs qemu-img, which "make peers" installs.
@@ -233,7 +235,7 @@ func TestQcowIfUnchanged(t *testing.T) {
 func TestQcowInactivationFails(t *testing.T) {
 	for _, op := range []sysop{opWrite, opSync, opTruncate, opPunch} {
 		for at := 1; ; at++ {
-			path := makeQcow(t, shmDir(t), "-o", "cluster_size=4k", "8M")
+			path := makeQcow(t, testfs.Memory(t), "-o", "cluster_size=4k", "8M")
 			var mu sync.Mutex
 			left := -1
 			o := openImage(t, Options{Path: path, Format: "qcow2"}, func(call sysop, _ int64, n int) (int, error) {
@@ -302,7 +304,7 @@ func TestQcowInactivationFails(t *testing.T) {
 
 // What needs no new cluster allocates no memory.
 func TestQcowNoAllocations(t *testing.T) {
-	o := openImage(t, Options{Path: makeQcow(t, shmDir(t), "64M"), Format: "qcow2"}, nil)
+	o := openImage(t, Options{Path: makeQcow(t, testfs.Memory(t), "64M"), Format: "qcow2"}, nil)
 	must(t, activate(o, false))
 	b := pattern(256<<10, 1)
 	must(t, write(o, 0, b, false))
@@ -322,7 +324,7 @@ func TestQcowNoAllocations(t *testing.T) {
 }
 
 func BenchmarkQcowMap(b *testing.B) {
-	o, err := Open(Options{Path: makeQcow(b, shmDir(b), "64M"), Format: "qcow2"})
+	o, err := Open(Options{Path: makeQcow(b, testfs.Memory(b), "64M"), Format: "qcow2"})
 	must(b, err)
 	defer o.Close()
 	must(b, activate(o, false))
@@ -377,7 +379,7 @@ func TestQcowFenced(t *testing.T) {
 // What is written to an image in memory has its place there also where the file
 // was not as long when it was taken, and what is in pieces is not received.
 func TestQcowPlaceInWhatGrew(t *testing.T) {
-	path := makeQcow(t, shmDir(t), "64M")
+	path := makeQcow(t, testfs.Memory(t), "64M")
 	o := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
 	must(t, activate(o, false))
 	was := statOf(t, path).Size

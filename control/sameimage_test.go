@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/internal/testfs"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -39,11 +40,7 @@ func rawBed(t testing.TB, o backend.Options, paths ...string) *bed {
 
 func imageFiles(t testing.TB, n int) []string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "control")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	dir := testfs.Memory(t)
 	paths := make([]string, n)
 	for i := range paths {
 		paths[i] = filepath.Join(dir, fmt.Sprintf("disk%d", i))

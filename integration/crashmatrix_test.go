@@ -72,7 +72,7 @@ func TestCrashMatrixOnDisk(t *testing.T) {
 					})
 				}
 				rand.Shuffle(len(cells), func(i, j int) { cells[i], cells[j] = cells[j], cells[i] })
-				runCrashCells(t, cells, func(t testing.TB) string { return t.TempDir() }, "--cache", cache)
+				runCrashCells(t, cells, diskDir, "--cache", cache)
 			}
 		})
 	}

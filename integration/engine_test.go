@@ -86,7 +86,7 @@ func TestEngineForbidden(t *testing.T) {
 		c.Args = append([]string{self, c.Path}, c.Args[1:]...)
 		c.Path = self
 	}
-	e := servePrepared(t, sparseImage(t, t.TempDir(), mib), forbid, "--engine", "auto", "--cache", "none")
+	e := servePrepared(t, sparseImage(t, diskDir(t), mib), forbid, "--engine", "auto", "--cache", "none")
 	if n := e.rings(); n != 0 {
 		t.Errorf("%d rings", n)
 	}
@@ -106,7 +106,7 @@ func TestFioVerifyDirect(t *testing.T) {
 	need(t, "fio", "fio")
 	for _, engine := range []string{"portable", "uring"} {
 		t.Run(engine, func(t *testing.T) {
-			e := serve(t, sparseImage(t, t.TempDir(), 64*mib), "--cache", "none", "--engine", engine)
+			e := serve(t, sparseImage(t, diskDir(t), 64*mib), "--cache", "none", "--engine", engine)
 			for name, args := range map[string][]string{
 				"blocks": {"--bs=4k", "--iodepth=64", "--fsync=256"},
 				"mixed":  {"--bsrange=512-64k", "--blockalign=512", "--iodepth=32"},

@@ -241,7 +241,7 @@ func TestLockMatrix(t *testing.T) {
 	seven := strings.TrimSpace(run(t, "scripts/qemu7"))
 	for _, v := range []struct{ name, tools, dir string }{
 		{"10", "", tmpfsDir(t)},
-		{"7.2", seven, t.TempDir()},
+		{"7.2", seven, diskDir(t)},
 	} {
 		t.Run(v.name, func(t *testing.T) {
 			b := newLockBench(t, v.tools, v.dir)

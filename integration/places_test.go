@@ -3,6 +3,8 @@ package integration
 import (
 	"os"
 	"testing"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 // shortDir is a temporary directory whose paths fit into a socket address.
@@ -16,20 +18,13 @@ func shortDir(t testing.TB) string {
 	return dir
 }
 
-// tmpfsDir is a temporary directory in memory.
-func tmpfsDir(t testing.TB) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "nbdx")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
+func diskDir(t testing.TB) string { return testfs.Disk(t) }
+
+func tmpfsDir(t testing.TB) string { return testfs.Memory(t) }
 
 // places are the kinds of file system the images of a test live on.
 var places = map[string]func(testing.TB) string{
-	"disk":  func(t testing.TB) string { return t.TempDir() },
+	"disk":  diskDir,
 	"tmpfs": tmpfsDir,
 }
 

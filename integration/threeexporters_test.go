@@ -42,7 +42,7 @@ func TestThreeExporters(t *testing.T) {
 	// of its exporter.
 	d := soakTime(t, 30*time.Second)
 	t.Run("tmpfs", func(t *testing.T) { runTrio(t, tmpfsDir(t), d*2/3) })
-	t.Run("disk", func(t *testing.T) { runTrio(t, t.TempDir(), d/3, "--cache", "none") })
+	t.Run("disk", func(t *testing.T) { runTrio(t, diskDir(t), d/3, "--cache", "none") })
 }
 
 func runTrio(t *testing.T, dir string, d time.Duration, flags ...string) {

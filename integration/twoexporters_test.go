@@ -42,7 +42,7 @@ func TestTwoExporters(t *testing.T) {
 func TestTwoExportersOnDisk(t *testing.T) {
 	for _, cache := range []string{"writeback", "none"} {
 		t.Run(cache, func(t *testing.T) {
-			runSoak(t, t.TempDir(), soakTime(t, 60*time.Second)/6, "--cache", cache)
+			runSoak(t, diskDir(t), soakTime(t, 60*time.Second)/6, "--cache", cache)
 		})
 	}
 }

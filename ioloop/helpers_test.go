@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/internal/testfs"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -364,13 +365,10 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 	t.Helper()
 	dir := cfg.dir
 	if dir == "" {
-		dir = t.TempDir()
+		dir = testfs.Disk(t)
 	}
 	if cfg.tmpfs {
-		var err error
-		dir, err = os.MkdirTemp("/dev/shm", "ioloop")
-		must(t, err)
-		t.Cleanup(func() { os.RemoveAll(dir) })
+		dir = testfs.Memory(t)
 	}
 	r := &rig{t: t, path: filepath.Join(dir, "disk.img"), size: cfg.size}
 	if r.size == 0 {
@@ -382,8 +380,8 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 	must(t, os.WriteFile(r.path, cfg.content, 0o600))
 	must(t, os.Truncate(r.path, r.size))
 	raw, err := backend.Open(backend.Options{Path: r.path, Format: "raw", Cache: cfg.cache})
-	if cfg.cache == backend.CacheNone && errors.Is(err, unix.EINVAL) {
-		t.Skip(err)
+	if cfg.cache == backend.CacheNone && errors.Is(err, unix.EINVAL) && testfs.InMemory(t, dir) {
+		t.Skip(err) // tmpfs before Linux 6.6
 	}
 	must(t, err)
 	r.raw, r.img = raw, &hooked{Image: raw, mapped: cfg.mapped}

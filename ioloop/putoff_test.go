@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/backend"
+	"github.com/nbd-export/nbd-export/internal/testfs"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -356,9 +357,7 @@ func TestVanishWhileLookedAt(t *testing.T) {
 // The answers to writes that were put off may fill the reply buffer that they
 // take, with long errors: what comes behind them finds room all the same.
 func TestAnswersOfPutOffFillReply(t *testing.T) {
-	dir, err := os.MkdirTemp("/dev/shm", "ioloop")
-	must(t, err)
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testfs.Memory(t)
 	for range 5 { // errors name the image
 		dir = filepath.Join(dir, strings.Repeat("d", 200))
 	}

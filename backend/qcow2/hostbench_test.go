@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/internal/testfs"
 )
 
 // hostFile is a File on the host, as plain as it can be.
@@ -61,12 +63,7 @@ func (h *hostFile) Sync() error               { return unix.Fdatasync(int(h.f.Fd
 // inMemory is a path on tmpfs for an image that qemu-img made.
 func inMemory(t testing.TB, size string, options ...string) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "qcow2")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	path := filepath.Join(dir, "b.qcow2")
+	path := filepath.Join(testfs.Memory(t), "b.qcow2")
 	args := []string{"create", "-q", "-f", "qcow2"}
 	for _, o := range options {
 		args = append(args, "-o", o)

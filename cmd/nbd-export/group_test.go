@@ -15,6 +15,7 @@ import (
 
 	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/control"
+	"github.com/nbd-export/nbd-export/internal/testfs"
 	"github.com/nbd-export/nbd-export/state"
 )
 
@@ -27,11 +28,7 @@ type groupPair [2]*control.Client
 
 func newGroupPair(t testing.TB, n int, log *zap.Logger) groupPair {
 	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "nbd-export-group")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testfs.Memory(t)
 	var pair groupPair
 	for side := range pair {
 		d, err := newDaemon(daemonOptions{control: filepath.Join(dir, fmt.Sprintf("%d.ctl", side)), dirty: 32 << 20, engine: "portable"}, log)
