@@ -12,14 +12,20 @@ import (
 )
 
 // CreateRaw makes a raw image of size bytes of zeros at path, where nothing may
-// be. It is durable on return.
-func CreateRaw(path string, size int64) error {
+// be. It is durable on return. An error of p is a *qcow2.OptionError.
+func CreateRaw(path string, size int64, p qcow2.Preallocation) error {
+	if p == qcow2.PreallocateMetadata {
+		return &qcow2.OptionError{Option: "preallocation", What: "a raw image has no metadata; falloc and full take its space"}
+	}
 	return create(func(made func(string) (*File, error)) error {
 		f, err := made(path)
 		if err != nil {
 			return err
 		}
 		if err := f.Resize(size); err != nil {
+			return err
+		}
+		if err := p.Take(f, 0, size); err != nil {
 			return err
 		}
 		return f.Sync()
@@ -38,7 +44,7 @@ func CreateQcow2(path string, o qcow2.CreateOptions) error {
 		if err != nil {
 			return err
 		}
-		var data qcow2.File
+		var data qcow2.NewFile
 		if o.DataFile != "" {
 			name := o.DataFile
 			if !filepath.IsAbs(name) {

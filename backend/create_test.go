@@ -13,12 +13,12 @@ import (
 func TestCreate(t *testing.T) {
 	onEach(t, func(t *testing.T, dir string) {
 		at := func(name string) string { return filepath.Join(dir, name) }
-		must(t, CreateRaw(at("raw"), 12345))
+		must(t, CreateRaw(at("raw"), 12345, 0))
 		wantContent(t, at("raw"), make([]byte, 12345))
-		wantErrno(t, CreateRaw(at("raw"), 1), unix.EEXIST)
-		wantErrno(t, CreateRaw(at("negative"), -1), unix.EINVAL)
+		wantErrno(t, CreateRaw(at("raw"), 1, 0), unix.EEXIST)
+		wantErrno(t, CreateRaw(at("negative"), -1, 0), unix.EINVAL)
 		must(t, os.Symlink(at("nowhere"), at("link")))
-		wantErrno(t, CreateRaw(at("link"), 1), unix.EEXIST)
+		wantErrno(t, CreateRaw(at("link"), 1, 0), unix.EEXIST)
 
 		// A data file is beside the image, and as long as the disk.
 		must(t, CreateQcow2(at("disk"), qcow2.CreateOptions{Size: 1 << 20, DataFile: "data", DataFileRaw: true}))

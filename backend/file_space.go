@@ -59,6 +59,22 @@ func (f *File) allocate(off, n int64) error {
 	return nil
 }
 
+// Preallocate takes the space of a range, which reads as zeros before and
+// afterwards; with write by writing it. unix.EOPNOTSUPP, wrapped, says that this
+// file system does it by writing only.
+func (f *File) Preallocate(off, n int64, write bool) error {
+	if err := f.inside("preallocate", off, n); err != nil {
+		return err
+	}
+	if write {
+		return f.writeZeros(off, n)
+	}
+	if err := f.allocate(off, n); err != nil {
+		return f.fail("preallocate", err)
+	}
+	return nil
+}
+
 // inner is the part of a range that fallocate takes.
 func (f *File) inner(off, n int64) (lo, hi int64) {
 	a := int64(f.traits.spaceAlign)

@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 )
 
@@ -90,6 +91,92 @@ func TestCreateAsQEMU(t *testing.T) {
 	}
 }
 
+// mapped is what qemu-img map shows of the tables: not where clusters are in the
+// file, nor whether they are holes there. Neighbours that differ in nothing else
+// are one.
+func mapped(t testing.TB, format, image string) string {
+	t.Helper()
+	var all []struct {
+		Start, Depth              int64
+		Present, Data, Compressed bool
+	}
+	if err := json.Unmarshal([]byte(run(t, "qemu-img", "map", "-f", format, "--output=json", image)), &all); err != nil {
+		t.Fatal(err)
+	}
+	var b strings.Builder
+	last := ""
+	for _, m := range all {
+		is := fmt.Sprint(m.Depth, m.Present, m.Data, m.Compressed)
+		if is != last {
+			fmt.Fprintf(&b, "%d: %s\n", m.Start, is)
+		}
+		last = is
+	}
+	return b.String()
+}
+
+// What is preallocated is to QEMU what its qemu-img preallocates.
+func TestCreatePreallocated(t *testing.T) {
+	need(t, "qemu-img", "qemu-utils")
+	for _, c := range []struct{ format, options string }{
+		{"qcow2", "preallocation=off"}, {"qcow2", "preallocation=metadata"}, {"qcow2", "preallocation=falloc"}, {"qcow2", "preallocation=full"},
+		{"qcow2", "preallocation=full,cluster_size=512,refcount_bits=1"}, {"qcow2", "preallocation=metadata,cluster_size=2M,refcount_bits=64"},
+		{"qcow2", "preallocation=falloc,compat=0.10"}, {"qcow2", "preallocation=metadata,extended_l2=on"},
+		{"qcow2", "preallocation=metadata,extended_l2=on,backing_file=DIR/base,backing_fmt=raw"},
+		{"qcow2", "preallocation=metadata,data_file=DIR/d"}, {"qcow2", "preallocation=falloc,data_file=DIR/d"},
+		{"qcow2", "preallocation=full,data_file=DIR/d,data_file_raw=on"},
+		{"raw", "preallocation=off"}, {"raw", "preallocation=falloc"}, {"raw", "preallocation=full"},
+	} {
+		for _, size := range []string{"1000", "12345678"} {
+			t.Run(c.format+"/"+c.options+"/"+size, func(t *testing.T) {
+				images, maps, space := map[string]string{}, map[string]string{}, map[string]int64{}
+				for _, by := range []string{"qemu", "us"} {
+					dir := shortDir(t) // the test's name has commas
+					image := filepath.Join(dir, "i")
+					images[by] = image
+					run(t, "qemu-img", "create", "-q", "-f", "raw", filepath.Join(dir, "base"), "9M")
+					args := []string{"create", "-f", c.format, "-o", strings.ReplaceAll(c.options, "DIR", dir), image, size}
+					if by == "us" {
+						run(t, append([]string{program(t)}, args...)...)
+					} else {
+						run(t, append([]string{"qemu-img"}, args...)...)
+					}
+					maps[by] = mapped(t, c.format, image)
+					for _, name := range []string{image, filepath.Join(dir, "d")} {
+						if st, err := os.Stat(name); err == nil {
+							space[by] += st.Sys().(*syscall.Stat_t).Blocks * 512
+						}
+					}
+				}
+				if maps["us"] != maps["qemu"] && c.format == "qcow2" {
+					t.Errorf("qemu-img map says\n%sof its own\n%s", maps["us"], maps["qemu"])
+				}
+				of := int64(0) // QEMU takes none for a data file
+				if strings.Contains(c.options, "falloc") || strings.Contains(c.options, "full") {
+					fmt.Sscan(size, &of)
+				}
+				if taken := space["us"]; taken < of || taken > max(of, space["qemu"])+512*kib {
+					t.Errorf("it takes %d bytes of space, qemu-img's %d", taken, space["qemu"])
+				}
+				run(t, "qemu-img", "compare", "-q", "-f", c.format, "-F", c.format, images["us"], images["qemu"])
+				if c.format == "raw" {
+					return
+				}
+				ours, theirs := members(t, run(t, "qemu-img", "check", "--output=json", images["us"])), members(t, run(t, "qemu-img", "check", "--output=json", images["qemu"]))
+				for _, name := range []string{"total-clusters", "allocated-clusters", "leaks", "corruptions"} {
+					if ours[name] != theirs[name] {
+						t.Errorf("qemu-img check says %s %v, of its own %v", name, ours[name], theirs[name])
+					}
+				}
+				if size != "1000" {
+					qcow2IO(t, images["us"], "write -P 5 1M 3M", "read -P 5 1M 3M", "read -P 0 0 1M", "read -P 0 4M 5M")
+					run(t, "qemu-img", "check", "-q", images["us"])
+				}
+			})
+		}
+	}
+}
+
 func TestCreateOverlay(t *testing.T) {
 	need(t, "qemu-img", "qemu-utils")
 	dir := t.TempDir()
@@ -107,6 +194,11 @@ func TestCreateOverlay(t *testing.T) {
 	qcow2IO(t, overlay, "read -P 3 1M 1M", "read -P 0 4M 1M", "write -P 4 1500k 64k", "read -P 4 1500k 64k")
 	for _, image := range []string{middle, overlay} {
 		run(t, "qemu-img", "check", "-q", image)
+	}
+	unsafe := filepath.Join(dir, "unsafe.qcow2")
+	run(t, program(t), "create", "-u", "-o", "size=4M,backing_file=later.img,backing_fmt=raw", unsafe)
+	if info := members(t, run(t, "qemu-img", "info", "--output=json", unsafe)); info["backing-filename"] != "later.img" || info["virtual-size"] != float64(4*mib) {
+		t.Errorf("with -u it is %v", info)
 	}
 	if v := members(t, run(t, "qemu-img", "info", "--output=json", middle))["virtual-size"]; v != float64(3*mib) {
 		t.Errorf("an image without a size has %v bytes, its backing file 3M", v)
@@ -142,6 +234,12 @@ func TestCreateRefuses(t *testing.T) {
 		{2, "data_file_raw", []string{"-o", "data_file_raw=on", image, "1M"}},
 		{2, "choose a larger cluster_size", []string{"-o", "cluster_size=512", image, "1T"}},
 		{2, "for qcow2", []string{"-f", "raw", "-o", "cluster_size=4k", image, "1M"}},
+		{2, "no metadata", []string{"-f", "raw", "-o", "preallocation=metadata", image, "1M"}},
+		{2, "off, metadata, falloc, full", []string{"-o", "preallocation=some", image, "1M"}},
+		{2, "extended_l2", []string{"-o", "preallocation=metadata,backing_file=there,backing_fmt=raw", image}},
+		{2, "given twice", []string{"-o", "size=1M", image, "1M"}},
+		{2, "SIZE", []string{"-u", "-b", "gone", "-F", "raw", image}},
+		{2, "no encrypted images", []string{"-o", "encrypt.format=luks", image, "1M"}},
 		{2, "must be one of", []string{"-f", "vmdk", image, "1M"}},
 	} {
 		r := cli(t, append([]string{"create"}, c.args...)...)

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/bits"
 
@@ -24,6 +25,31 @@ type CreateOptions struct {
 	// keeps readable as a raw image.
 	DataFile    string
 	DataFileRaw bool
+
+	Preallocation Preallocation
+}
+
+// Preallocation says what a new disk has of what its bytes will need.
+type Preallocation uint8
+
+const (
+	// PreallocateNothing: with DataFileRaw the tables are made all the same.
+	PreallocateNothing Preallocation = iota
+	// PreallocateMetadata: every cluster has its place.
+	PreallocateMetadata
+	// PreallocateSpace: and its space on the host, as far as that can tell.
+	PreallocateSpace
+	// PreallocateWritten: and was written, with zeros.
+	PreallocateWritten
+)
+
+// NewFile is a file in which an image is made.
+type NewFile interface {
+	File
+	// Preallocate takes the space of a range, which reads as zeros before and
+	// afterwards; with write by writing it. EOPNOTSUPP, wrapped, says that this
+	// works by writing only.
+	Preallocate(off, n int64, write bool) error
 }
 
 // OptionError says what cannot be in CreateOptions. Option is its name in
@@ -40,12 +66,13 @@ const sector = 512
 // blueprint is where everything of a new image goes; offsets and lengths are in
 // clusters.
 type blueprint struct {
-	h                   *Header
-	g                   Geometry
-	table, blocks       int64 // of refcounts
-	l1, l1Length        int64
-	l2, l2Tables, total int64
-	first               []byte // the header as it will be
+	h             *Header
+	g             Geometry
+	table, blocks int64 // of refcounts
+	l1, l1Length  int64
+	l2, l2Tables  int64
+	data, total   int64  // guest clusters, in order, from data on; to total
+	first         []byte // the header as it will be
 }
 
 // plan checks o and lays the image out.
@@ -90,6 +117,10 @@ func (o CreateOptions) plan() (*blueprint, error) {
 		return refuse("data_file_raw", "it needs data_file=")
 	case o.DataFileRaw && o.Backing != "":
 		return refuse("data_file_raw", "a data file that reads as a raw image cannot have a backing file")
+	case o.Preallocation > PreallocateWritten:
+		return refuse("preallocation", "mode %d is not known", o.Preallocation)
+	case o.Preallocation != PreallocateNothing && o.Backing != "" && !o.ExtendedL2:
+		return refuse("preallocation", "with a backing file it needs extended_l2=on: other clusters that are allocated hide what is behind them")
 	case o.Backing != "" && o.BackingFormat == "":
 		return refuse("backing_fmt", "a backing file needs its format recorded; guessing it later is not safe")
 	case len(o.Backing) > maxBackingName:
@@ -121,13 +152,17 @@ func (o CreateOptions) plan() (*blueprint, error) {
 	p := &blueprint{h: h, g: g}
 	h.L1Entries = int(g.L1Needed(h.Size))
 	p.l1Length = g.Clusters(8 * int64(h.L1Entries))
-	if o.DataFileRaw {
+	clusters := int64(0) // of the guest in f
+	if o.DataFileRaw || o.Preallocation != PreallocateNothing {
 		p.l2Tables = int64(h.L1Entries)
+		if o.DataFile == "" {
+			clusters = g.Clusters(h.Size)
+		}
 	}
 	// The refcounts count themselves too.
 	p.table, p.blocks = 1, 1
 	for {
-		p.total = 1 + p.table + p.blocks + p.l1Length + p.l2Tables
+		p.total = 1 + p.table + p.blocks + p.l1Length + p.l2Tables + clusters
 		per := g.refcountsPerBlock()
 		blocks := (p.total + per - 1) / per
 		table := g.Clusters(8 * blocks)
@@ -141,6 +176,7 @@ func (o CreateOptions) plan() (*blueprint, error) {
 	}
 	p.l1 = 1 + p.table + p.blocks
 	p.l2 = p.l1 + p.l1Length
+	p.data = p.total - clusters
 	h.RefcountOffset, h.RefcountLength = 1<<g.ClusterBits, p.table
 	if p.l1Length > 0 {
 		h.L1Offset = p.l1 << g.ClusterBits
@@ -226,7 +262,7 @@ func CheckCreate(o CreateOptions) error {
 // long as the disk. The header goes last, when everything else is on disk, so
 // that a half-made image is none. All is durable on return, but not the names of
 // the files. After an error they are to be removed.
-func Create(f, data File, o CreateOptions) error {
+func Create(f, data NewFile, o CreateOptions) error {
 	p, err := o.plan()
 	if err != nil {
 		return err
@@ -238,11 +274,17 @@ func Create(f, data File, o CreateOptions) error {
 		if err := data.Resize(p.h.Size); err != nil {
 			return err
 		}
+		if err := o.Preallocation.Take(data, 0, p.h.Size); err != nil {
+			return err
+		}
 		if err := data.Sync(); err != nil {
 			return err
 		}
 	}
 	if err := f.Resize(p.total << p.g.ClusterBits); err != nil {
+		return err
+	}
+	if err := o.Preallocation.Take(f, p.data<<p.g.ClusterBits, (p.total-p.data)<<p.g.ClusterBits); err != nil {
 		return err
 	}
 	if err := p.writeTables(f); err != nil {
@@ -255,6 +297,18 @@ func Create(f, data File, o CreateOptions) error {
 		return err
 	}
 	return f.Sync()
+}
+
+// Take takes the space of a range of zeros.
+func (p Preallocation) Take(f NewFile, off, n int64) error {
+	if p < PreallocateSpace || n == 0 {
+		return nil
+	}
+	err := f.Preallocate(off, n, p == PreallocateWritten)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return fmt.Errorf("%w; preallocation=full works everywhere", err)
+	}
+	return err
 }
 
 // writeTables writes everything but the header.
@@ -283,13 +337,19 @@ func (p *blueprint) writeTables(f File) error {
 	if err != nil {
 		return err
 	}
-	// Guest cluster i is cluster i of the data file.
-	width := g.EntrySize() / 8
+	// Guest cluster i is cluster i of the data file, or of those at data.
+	width, base, bits := g.EntrySize()/8, int64(0), uint64(0)
+	if !g.External {
+		base = p.data
+	}
+	if p.h.Autoclear&DataFileRaw != 0 {
+		bits = allAllocated // what anybody writes to the file shows
+	}
 	return writeWords(f, at(p.l2), g.Clusters(p.h.Size)*width, func(i int64) uint64 {
 		if i%width != 0 {
-			return allAllocated
+			return bits
 		}
-		return uint64(at(i/width)) | entryCopied
+		return uint64(at(base+i/width)) | entryCopied
 	})
 }
 

@@ -171,6 +171,14 @@ func (f *File) Punch(off, n int64) error {
 	return f.do("punch", Event{Op: Punch, Off: off, N: n}, func() { clear(f.b[off : off+n]) })
 }
 
+// Preallocate writes zeros, or does nothing.
+func (f *File) Preallocate(off, n int64, write bool) error {
+	if !write {
+		return f.inside("preallocate", off, n)
+	}
+	return f.WriteAt(make([]byte, n), off, false)
+}
+
 func (f *File) ZeroAt(off, n int64) error {
 	if err := f.inside("zero", off, n); err != nil {
 		return err
