@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -335,62 +336,47 @@ func TestShrinkRace(t *testing.T) {
 }
 
 func TestSyncShared(t *testing.T) {
-	path := writeFile(t, testfs.Memory(t), make([]byte, 10))
-	entered, let := make(chan struct{}), make(chan struct{})
-	var syncs int
-	f := openTest(t, path, openHow{write: true, faults: func(op sysop, _ int64, n int) (int, error) {
-		if op == opSync {
-			syncs++ // one at a time: the race detector would tell
-			entered <- struct{}{}
-			<-let
+	synctest.Test(t, func(t *testing.T) {
+		path := writeFile(t, testfs.Memory(t), make([]byte, 10))
+		entered, let := make(chan struct{}), make(chan struct{})
+		var syncs int
+		f := openTest(t, path, openHow{write: true, faults: func(op sysop, _ int64, n int) (int, error) {
+			if op == opSync {
+				syncs++ // one at a time: the race detector would tell
+				entered <- struct{}{}
+				<-let
+			}
+			return n, nil
+		}})
+		var wg sync.WaitGroup
+		sync := func() {
+			if err := f.Sync(); err != nil {
+				t.Error(err)
+			}
 		}
-		return n, nil
-	}})
-	var wg sync.WaitGroup
-	sync := func() {
-		if err := f.Sync(); err != nil {
-			t.Error(err)
-		}
-	}
-	wg.Go(sync)
-	<-entered
-	for range 50 {
 		wg.Go(sync)
-	}
-	for {
-		f.syncer.mu.Lock()
-		joined := f.syncer.next != nil
-		f.syncer.mu.Unlock()
-		if joined {
-			break
+		<-entered
+		for range 50 {
+			wg.Go(sync)
 		}
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(20 * time.Millisecond) // let the others join
-	let <- struct{}{}
-	<-entered // the second is for all who came meanwhile
-	tooLate := make(chan struct{})
-	wg.Go(func() { sync(); close(tooLate) })
-	let <- struct{}{}
-	select {
-	case <-entered: // and a third for who came when that had begun
-	case <-tooLate:
-		t.Error("joined a sync that had begun before")
-	}
-	let <- struct{}{}
-	done := make(chan struct{})
-	go func() { wg.Wait(); close(done) }()
-	for late := true; late; {
+		synctest.Wait()
+		let <- struct{}{}
+		<-entered // the second is for all who came meanwhile
+		tooLate := make(chan struct{})
+		wg.Go(func() { sync(); close(tooLate) })
+		synctest.Wait()
+		let <- struct{}{}
 		select {
-		case <-entered: // one who came later still
-			let <- struct{}{}
-		case <-done:
-			late = false
+		case <-entered: // and a third for who came when that had begun
+		case <-tooLate:
+			t.Error("joined a sync that had begun before")
 		}
-	}
-	if syncs > 4 {
-		t.Errorf("%d syncs for 51 callers", syncs)
-	}
+		let <- struct{}{}
+		wg.Wait()
+		if syncs != 3 {
+			t.Errorf("%d syncs for 1, 50 and 1 callers", syncs)
+		}
+	})
 }
 
 // A durable write that fails while a sync runs may have been told what the
