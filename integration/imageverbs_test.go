@@ -454,9 +454,20 @@ func TestVerbsRefuseOwnedImages(t *testing.T) {
 	e := serve(t, image) // as a raw image, which is nothing to the locks
 	before := snap(t, image)
 	for _, args := range [][]string{{"check", image}, {"check", "--repair", "all", image}, {"map", image}} {
-		if r := cli(t, args...); r.code != 1 || !strings.Contains(r.stderr, fmt.Sprintf("pid %d", e.cmd.Process.Pid)) {
+		if r := cli(t, args...); r.code != 1 || !strings.Contains(r.stderr, fmt.Sprintf("pid %d", e.cmd.Process.Pid)) || strings.Contains(r.stderr, "-U") != (len(args) == 2) {
 			t.Errorf("%q of an owned image: %+v", args, r)
 		}
+	}
+	sameSnap(t, image, before)
+	for _, verb := range []string{"check", "map", "info"} {
+		r := cli(t, verb, "-U", "--json", image)
+		warned := strings.Contains(r.stderr, fmt.Sprintf("pid %d", e.cmd.Process.Pid))
+		if r.code != 0 || warned != (verb != "info") || !json.Valid([]byte(r.stdout)) {
+			t.Errorf("%s -U of an owned image: %+v", verb, r)
+		}
+	}
+	if r := cli(t, "check", "-U", "--repair", "all", image); r.code != 1 || !strings.Contains(r.stderr, "only looks") {
+		t.Errorf("a repair with -U: %+v", r)
 	}
 	sameSnap(t, image, before)
 	e.inactivate()

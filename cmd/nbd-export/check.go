@@ -22,7 +22,7 @@ const (
 )
 
 func newCheckCommand() *cobra.Command {
-	var asJSON bool
+	var asJSON, share bool
 	var ownerRecord string
 	repair := &choice{words: []string{"leaks", "all"}}
 	locking := choose("auto", "on", "off")
@@ -33,7 +33,8 @@ func newCheckCommand() *cobra.Command {
 take space) or too low, and entries that cannot be right (corruptions). Nobody
 may write the image meanwhile, so it is locked as by a reader, or with --repair
 as by its owner, who also writes the owner record. An image that has an owner is
-refused, and the error says who that is.
+refused, and the error says who that is; with -U it is looked at all the same, and
+what its owner is changing may be taken for damage.
 
 --repair leaks gives back what is leaked. --repair all also raises refcounts that
 are too low and makes flags fit them; what a broken entry once named cannot be
@@ -51,9 +52,17 @@ tables.`,
 			if cmd.Flags().Changed("owner-record") && ownerRecord == "" {
 				return usageError{errors.New("check: --owner-record needs a path, or off")}
 			}
+			if share && repair.value != "" {
+				return usageError{errors.New("check: -U only looks; whoever repairs an image has to be alone with it")}
+			}
+			lock := backend.LockingMode(locking.value)
+			if share {
+				lock = backend.LockingOff
+				defer tellWriter(cmd, args[0], ownerRecord)
+			}
 			line := newStatusLine(os.Stderr)
 			r := checkReport{Filename: args[0], Format: "qcow2"}
-			err := r.run(cmd, repair.value, backend.LockingMode(locking.value), ownerRecord, line.bar("checking "+args[0]))
+			err := r.run(cmd, repair.value, lock, ownerRecord, line.bar("checking "+args[0]))
 			line.clear()
 			if err != nil {
 				return err
@@ -78,6 +87,7 @@ tables.`,
 	f := cmd.Flags()
 	f.Var(repair, "repair", "mend leaks, or all: leaks, all")
 	_ = cmd.RegisterFlagCompletionFunc("repair", cobra.FixedCompletions(repair.words, cobra.ShellCompDirectiveNoFileComp))
+	forceShareFlag(cmd, &share, forceShareUsage)
 	f.BoolVar(&asJSON, "json", false, "print JSON, for scripts")
 	locking.addTo(cmd, "locking", "", "lock the image: where locks do not work, off is your own care")
 	ownerRecordFlag(cmd, &ownerRecord)
@@ -109,7 +119,7 @@ func (r *checkReport) run(cmd *cobra.Command, repair string, locking backend.Loc
 	if repair == "" {
 		link, err := backend.OpenLink(r.Filename, "auto", backend.ChainOptions{Lock: locking != backend.LockingOff})
 		if err != nil {
-			return err
+			return refusedToLook(err)
 		}
 		defer link.Close()
 		if link.Header == nil {

@@ -10,7 +10,7 @@ import (
 )
 
 func newMapCommand() *cobra.Command {
-	var asJSON bool
+	var asJSON, share bool
 	var allow []string
 	format := choose("auto", "raw", "qcow2")
 	locking := choose("auto", "on", "off")
@@ -21,14 +21,18 @@ func newMapCommand() *cobra.Command {
 offset of it, and what reads as zeros. The output is that of qemu-img map, with
 --json to the byte; without it, what is compressed has no offset and says so.
 
-All files are locked as by a reader, so nobody may be writing them.`,
+All files are locked as by a reader, so nobody may be writing them, unless -U says
+that this does not matter.`,
 		Example: `  nbd-export map disk.qcow2
   nbd-export map --json overlay.qcow2 | jq '.[] | select(.data)'`,
 		Args: oneArg("IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c, err := backend.OpenChain(args[0], format.value, backend.ChainOptions{AllowBacking: allow, Lock: locking.value != "off"})
+			if share {
+				defer tellWriter(cmd, args[0], "")
+			}
+			c, err := backend.OpenChain(args[0], format.value, backend.ChainOptions{AllowBacking: allow, Lock: locking.value != "off" && !share})
 			if err != nil {
-				return err
+				return refusedToLook(err)
 			}
 			defer c.Close()
 			out := bufio.NewWriter(cmd.OutOrStdout())
@@ -44,6 +48,7 @@ All files are locked as by a reader, so nobody may be writing them.`,
 		},
 	}
 	format.addTo(cmd, "format", "f", "of the image")
+	forceShareFlag(cmd, &share, forceShareUsage)
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
 	locking.addTo(cmd, "locking", "", "lock the files: where locks do not work, off is your own care")
 	allowBackingFlag(cmd, &allow)
