@@ -83,7 +83,7 @@ func (o *Owned) lockFile(f *File, writes bool) error {
 		err = lock()
 	}
 	if le, ok := errors.AsType[*LockError](err); ok {
-		le.Holder = o.record.holder()
+		le.Holder = o.record.holder(f)
 	}
 	return err
 }

@@ -73,10 +73,10 @@ func (o *ownerRecord) tell(format string, args ...any) {
 	}
 }
 
-// holder names, to somebody whom the locks refuse, who has them; "" if the
+// holder names, to somebody whom the locks of f refuse, who has them; "" if the
 // record does not know.
-func (o *ownerRecord) holder() string {
-	if r := o.claimed(); r != nil && r.Process() != ProcessEnded {
+func (o *ownerRecord) holder(f *File) string {
+	if r := o.claimed(); r != nil && r.Process() != ProcessEnded && !r.lacksLocks(f) {
 		return r.Owner(time.Now())
 	}
 	return ""

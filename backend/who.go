@@ -1,5 +1,14 @@
 package backend
 
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
 // Ownership is what can be seen from outside of who owns an image.
 type Ownership struct {
 	Record RecordPlace
@@ -9,6 +18,9 @@ type Ownership struct {
 	RecordErr, LocksErr error
 	Locks               []int64 // bytes that somebody holds, in order
 	Scope               string  // as of Owned.LockScope
+	// Stale: the locks of one who writes are not those of the process that Owner
+	// names, although that lives: whoever has them could not write the record.
+	Stale bool
 }
 
 // Written reports whether somebody holds the locks of one who writes. Other
@@ -30,20 +42,67 @@ func Who(path, ownerRecord string) (*Ownership, error) {
 		return nil, err
 	}
 	defer f.Close()
-	o := &Ownership{Record: placeRecord(path, ownerRecord, f.traits.BlockDevice), Scope: f.lockScope()}
-	if o.Record.Path != "" {
-		o.Owner, _, o.RecordErr = readRecord(o.Record.Path, nil)
+	place := placeRecord(path, ownerRecord, f.traits.BlockDevice)
+	for try := 0; ; try++ {
+		o := &Ownership{Record: place, Scope: f.lockScope()}
+		if place.Path != "" {
+			o.Owner, _, o.RecordErr = readRecord(place.Path, nil)
+		}
+		o.Locks, o.LocksErr = f.allHeldElsewhere()
+		r := o.Owner
+		if r == nil || r.Clean || !o.Written() || !r.lacksLocks(f) {
+			return o, nil
+		}
+		// It may have let go meanwhile, and another have written its own.
+		now, _, err := readRecord(place.Path, nil)
+		if err == nil && now != nil && now.sameOwner(r) && !now.Clean || try == whoTries {
+			o.Stale = true
+			return o, nil
+		}
 	}
-	all := lockSet{uses: 1<<len(permNames) - 1, forbids: 1<<len(permNames) - 1}
+}
+
+// whoTries bounds how often Who begins anew while owners change.
+const whoTries = 10
+
+// allHeldElsewhere lists the lock bytes that others hold.
+func (f *File) allHeldElsewhere() (held []int64, err error) {
+	all := 1<<len(permNames) - 1
 	look := func(b lockByte) error {
-		held, err := f.heldElsewhere(f.fd, b)
-		if held && err == nil {
-			o.Locks = append(o.Locks, int64(b))
+		is, err := f.heldElsewhere(f.fd, b)
+		if is && err == nil {
+			held = append(held, int64(b))
 		}
 		return err
 	}
-	if o.LocksErr = all.each(lockUses, all.uses, look); o.LocksErr == nil {
-		o.LocksErr = all.each(lockForbids, all.forbids, look)
+	var s lockSet
+	if err = s.each(lockUses, all, look); err == nil {
+		err = s.each(lockForbids, all, look)
 	}
-	return o, nil
+	return held, err
+}
+
+// lacksLocks reports whether it is certain that the process that r names lives
+// and has not locked f as one who writes: /proc tells, of a process of the same
+// user, and of file systems whose locks the kernel has.
+func (r *OwnerRecord) lacksLocks(f *File) bool {
+	if r.Process() != ProcessLives || !f.traits.coherent && !f.traits.BlockDevice {
+		return false
+	}
+	proc := fmt.Sprintf("/proc/%d/", r.PID)
+	fds, err := os.ReadDir(proc + "fdinfo")
+	if err != nil {
+		return false
+	}
+	for _, fd := range fds {
+		info, err := os.ReadFile(proc + "fdinfo/" + fd.Name())
+		if errors.Is(err, fs.ErrNotExist) || err == nil && !listsLock(string(info), lockUses+1) {
+			continue
+		}
+		var st unix.Stat_t
+		if err != nil || unix.Stat(proc+"fd/"+fd.Name(), &st) != nil || inodeOf(&st) == f.id {
+			return false
+		}
+	}
+	return true
 }

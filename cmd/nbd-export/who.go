@@ -24,7 +24,9 @@ func newWhoCommand() *cobra.Command {
 		Long: `Show who owns an image: what its owner record says, and whether the locks on it
 agree. It asks nobody, takes no lock and changes nothing. What keeps others out
 are the locks; the record names who has them. QEMU writes no record, so an image
-that QEMU has is locked and has none, or an old one.
+that QEMU has is locked and has none, or an old one; nor does an exporter where it
+cannot, as on a full disk. IMAGE.owner.was, which may lie beside the record, is
+what that said before; it says nothing any more.
 
 Exit status is 0 whoever owns the image, and 1 if that cannot be told.`,
 		Example: `  nbd-export who disk.img
@@ -111,6 +113,8 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 	}
 	claimed := r != nil && !r.Clean
 	switch {
+	case seen.Stale:
+		w.State, w.Verdict = whoForeign, "locked by a program that wrote no record (QEMU, or an exporter that could not: a full disk, or no permission); the record is stale: it says owned by "+owner+", but that process does not have the locks"
 	case seen.Written() && claimed && w.Process != backend.ProcessEnded:
 		w.State, w.Verdict = whoOwned, "owned by "+owner+"; it is locked as that says"
 	case seen.Written() && claimed:

@@ -35,23 +35,25 @@ func TestJudge(t *testing.T) {
 	for _, c := range []struct {
 		record         *backend.OwnerRecord
 		locks          []int64
+		stale          bool
 		state, verdict string
 	}{
-		{nil, nil, "free", "nobody owns it"},
-		{nil, reader, "readers", "nobody owns it; readers hold locks"},
-		{nil, writer, "foreign", "writes no record (QEMU, or an exporter without one)"},
-		{&clean, nil, "free", "the last owner let go in order: " + text},
-		{&clean, reader, "readers", "in order: " + text + "; readers hold locks"},
-		{&clean, writer, "foreign", "the record says let go in order by " + text},
-		{&self, writer, "owned", "owned by " + text + "; it is locked"},
-		{&far, writer, "owned", "owned by nbd-export on hostB, pid "},
-		{&dead, writer, "foreign", "but that process has ended"},
-		{&self, nil, "left", "record says owned by " + text + ", but no lock of an owner is held: that process lives"},
-		{&dead, nil, "left", "is held: that process ended without letting go"},
-		{&dead, reader, "left", "without letting go; readers hold locks"},
-		{&far, nil, "left", "or its locks do not reach this host"},
+		{nil, nil, false, "free", "nobody owns it"},
+		{nil, reader, false, "readers", "nobody owns it; readers hold locks"},
+		{nil, writer, false, "foreign", "writes no record (QEMU, or an exporter without one)"},
+		{&clean, nil, false, "free", "the last owner let go in order: " + text},
+		{&clean, reader, false, "readers", "in order: " + text + "; readers hold locks"},
+		{&clean, writer, false, "foreign", "the record says let go in order by " + text},
+		{&self, writer, false, "owned", "owned by " + text + "; it is locked"},
+		{&far, writer, false, "owned", "owned by nbd-export on hostB, pid "},
+		{&self, writer, true, "foreign", "the record is stale: it says owned by " + text},
+		{&dead, writer, false, "foreign", "but that process has ended"},
+		{&self, nil, false, "left", "record says owned by " + text + ", but no lock of an owner is held: that process lives"},
+		{&dead, nil, false, "left", "is held: that process ended without letting go"},
+		{&dead, reader, false, "left", "without letting go; readers hold locks"},
+		{&far, nil, false, "left", "or its locks do not reach this host"},
 	} {
-		w := judge(img, &backend.Ownership{Owner: c.record, Locks: c.locks}, now)
+		w := judge(img, &backend.Ownership{Owner: c.record, Locks: c.locks, Stale: c.stale}, now)
 		if w.State != c.state || !strings.Contains(w.Verdict, c.verdict) || w.Error != "" {
 			t.Errorf("%+v, locks %v: %s, %s; want %s, %s", c.record, c.locks, w.State, w.Verdict, c.state, c.verdict)
 		}
