@@ -109,11 +109,11 @@ func (c *chain) image(f *File, path string) (*qcow2.Image, error) {
 	if h.Incompatible&qcow2.DataFile != 0 {
 		how := c.how
 		how.write = how.write && first
-		data, _, err := c.follow(path, "data file", h.DataFileName, how)
+		data, below, err := c.follow(path, "data file", h.DataFileName, how)
 		if err != nil {
 			return nil, err
 		}
-		o.Data, l.Data = data, data
+		o.Data, l.Data, l.DataPath = data, data, below
 	}
 	if h.Backing != "" && !(first && c.opts.NoBacking) {
 		if o.Backing, err = c.behind(path, h); err != nil {

@@ -26,7 +26,9 @@ type Link struct {
 	File   *File
 	Header *qcow2.Header // nil of a raw image, as Data and Image are
 	Data   *File         // external data file, nil without
-	Image  *qcow2.Image
+	// DataPath is where the image leads to Data.
+	DataPath string
+	Image    *qcow2.Image
 }
 
 // Close closes the image's file. Nothing may use it any more.

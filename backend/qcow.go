@@ -3,6 +3,7 @@ package backend
 import (
 	"hash/maphash"
 	"io/fs"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -37,11 +38,40 @@ type QcowInfo struct {
 	ClusterSize                                            int64  // bytes
 	Compression                                            string // "zlib" or "zstd"
 	Dirty, Corrupt, LazyRefcounts, ExtendedL2, DataFileRaw bool
-	DataFile, Backing, BackingFormat                       string   // as recorded, "" for none
-	Chain                                                  []string // paths of the backing files that are open, in their order
+	DataFile, Backing, BackingFormat                       string  // as recorded, "" for none
+	Data                                                   Layer   // what is open as its data file, without a path if it has none
+	Behind                                                 []Layer // the backing files that are open, in their order
 }
 
-func newQcowInfo(h *qcow2.Header, behind []*Link) QcowInfo {
+// Layer is an image that another leads to, as it was opened.
+type Layer struct {
+	Path     string
+	Format   string // "raw" or "qcow2"
+	Device   bool   // its file is a block device
+	Size     int64  // of the disk, bytes
+	FileSize int64
+	Qcow2    *QcowInfo // nil of a raw image
+}
+
+// newLayers describes a chain.
+func newLayers(links []*Link) []Layer {
+	all := make([]Layer, len(links))
+	for i, l := range slices.Backward(links) {
+		all[i] = Layer{Path: l.Path, Format: l.Format, Device: l.File.traits.BlockDevice, Size: l.File.Length(), FileSize: l.File.Length()}
+		if l.Header == nil {
+			continue
+		}
+		info := newQcowInfo(l.Header)
+		info.Behind = all[i+1:]
+		if l.Data != nil {
+			info.Data = Layer{Path: l.DataPath, Format: "raw", Device: l.Data.traits.BlockDevice, Size: l.Header.Size, FileSize: l.Data.Length()}
+		}
+		all[i].Size, all[i].Qcow2 = l.Header.Size, &info
+	}
+	return all
+}
+
+func newQcowInfo(h *qcow2.Header) QcowInfo {
 	i := QcowInfo{
 		Version: h.Version, RefcountBits: 1 << h.RefcountOrder,
 		ClusterSize: h.Geometry().ClusterSize(), Compression: "zlib",
@@ -49,9 +79,6 @@ func newQcowInfo(h *qcow2.Header, behind []*Link) QcowInfo {
 		LazyRefcounts: h.Compatible&qcow2.LazyRefcounts != 0, ExtendedL2: h.Incompatible&qcow2.ExtendedL2 != 0,
 		DataFileRaw: h.Autoclear&qcow2.DataFileRaw != 0,
 		DataFile:    h.DataFileName, Backing: h.Backing, BackingFormat: h.BackingFormat,
-	}
-	for _, l := range behind {
-		i.Chain = append(i.Chain, l.Path)
 	}
 	if h.CompressionType == qcow2.Zstd {
 		i.Compression = "zstd"
@@ -98,7 +125,7 @@ func (q *qcowFormat) view(f *File, active bool) (*view, error) {
 	}
 	v := &qcow{qcowFormat: q, disk: disk, file: f, all: c.files, active: active}
 	v.size.Store(disk.Size())
-	v.about = newQcowInfo(disk.Header(), c.links[1:])
+	v.about = *newLayers(c.links)[0].Qcow2
 	return &view{file: f, others: c.files[1:], active: active, content: v}, nil
 }
 
@@ -109,7 +136,11 @@ func (o *Owned) Qcow2() (QcowInfo, bool) {
 	if !ok {
 		return QcowInfo{}, false
 	}
-	return q.about, true
+	i := q.about
+	if i.Data.Path != "" {
+		i.Data.FileSize = q.all[1].Length() // which the disk may have made longer
+	}
+	return i, true
 }
 
 // FileSize is the length in bytes of the file that Options.Path names. It never

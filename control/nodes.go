@@ -82,6 +82,7 @@ type imageInfo struct {
 	Backing       string          `json:"backing-filename,omitempty"`
 	FullBacking   string          `json:"full-backing-filename,omitempty"`
 	BackingFormat string          `json:"backing-filename-format,omitempty"`
+	BackingImage  *imageInfo      `json:"backing-image,omitempty"`
 	Specific      *formatSpecific `json:"format-specific,omitempty"`
 }
 
@@ -94,12 +95,50 @@ type formatSpecific struct {
 type qcow2Specific struct {
 	Compat        string `json:"compat"`
 	DataFile      string `json:"data-file,omitempty"`
-	DataFileRaw   bool   `json:"data-file-raw,omitempty"`
+	DataFileRaw   *bool  `json:"data-file-raw,omitempty"`
 	ExtendedL2    bool   `json:"extended-l2"`
 	LazyRefcounts bool   `json:"lazy-refcounts"`
 	Corrupt       bool   `json:"corrupt"`
 	RefcountBits  int    `json:"refcount-bits"`
 	Compression   string `json:"compression-type"`
+}
+
+// newImageInfo describes an image, and those behind it unless flat.
+func newImageInfo(l backend.Layer, flat bool) imageInfo {
+	i := imageInfo{Filename: l.Path, Format: l.Format, VirtualSize: l.Size}
+	q := l.Qcow2
+	if q == nil {
+		return i
+	}
+	i.ClusterSize, i.DirtyFlag = q.ClusterSize, q.Dirty
+	if len(q.Behind) > 0 {
+		i.Backing, i.FullBacking, i.BackingFormat = q.Backing, q.Behind[0].Path, q.BackingFormat
+		if !flat {
+			behind := newImageInfo(q.Behind[0], false)
+			i.BackingImage = &behind
+		}
+	}
+	data := qcow2Specific{
+		Compat: "1.1", DataFile: q.DataFile, ExtendedL2: q.ExtendedL2,
+		LazyRefcounts: q.LazyRefcounts, Corrupt: q.Corrupt, RefcountBits: q.RefcountBits, Compression: q.Compression,
+	}
+	if q.Version == 2 {
+		data.Compat = "0.10"
+	}
+	if q.DataFile != "" {
+		data.DataFileRaw = &q.DataFileRaw
+	}
+	i.Specific = &formatSpecific{"qcow2", data}
+	return i
+}
+
+// fileLayer is the file that l is in.
+func fileLayer(l backend.Layer) backend.Layer {
+	f := backend.Layer{Path: l.Path, Format: "file", Size: l.FileSize}
+	if l.Device {
+		f.Format = "host_device"
+	}
+	return f
 }
 
 // hostImage is the part of an image that tells of its files; *backend.Owned is
@@ -109,55 +148,79 @@ type hostImage interface {
 	Qcow2() (backend.QcowInfo, bool)
 }
 
-// layers tells the size of a file node from that of a format node, and adds what
-// is known of that.
-func (d *blockDevice) layers(img hostImage, file bool) {
-	if file {
-		d.Image.VirtualSize = img.FileSize()
-	} else if q, ok := img.Qcow2(); ok {
-		d.describe(q)
-	}
+// nodeLister makes the list of query-named-block-nodes. With flat, nodes say
+// nothing of what is behind them, which are nodes of their own.
+type nodeLister struct {
+	registry *Registry
+	flat     bool
+	list     []blockDevice
 }
 
-// describe adds what is in a qcow2 image's header.
-func (d *blockDevice) describe(q backend.QcowInfo) {
-	i := &d.Image
-	i.ClusterSize, i.DirtyFlag = q.ClusterSize, q.Dirty
-	if d.BackingDepth = len(q.Chain); d.BackingDepth > 0 {
-		d.BackingFile = q.Chain[0]
-		i.Backing, i.FullBacking, i.BackingFormat = q.Backing, q.Chain[0], q.BackingFormat
-	}
-	data := qcow2Specific{
-		Compat: "1.1", DataFile: q.DataFile, DataFileRaw: q.DataFileRaw, ExtendedL2: q.ExtendedL2,
-		LazyRefcounts: q.LazyRefcounts, Corrupt: q.Corrupt, RefcountBits: q.RefcountBits, Compression: q.Compression,
-	}
-	if q.Version == 2 {
-		data.Compat = "0.10"
-	}
-	i.Specific = &formatSpecific{"qcow2", data}
-}
-
-func (s *session) queryNodes(args) (any, error) {
-	list := []blockDevice{}
-	for _, t := range s.server.cfg.Registry.Targets() {
-		info, size := t.Image.Info(), t.Image.Size()
-		format, file := t.active()
-		for _, n := range t.nodes() {
-			d := blockDevice{
-				NodeName: n.name, File: info.Path, Drv: n.driver, RO: n.readOnly, Active: format, DetectZeroes: "off",
-				Image: imageInfo{Filename: info.Path, Format: n.driver, VirtualSize: size},
-				Cache: blockCache{Writeback: !info.WriteThrough, Direct: n.direct},
-			}
-			if n == t.file {
-				d.Active = file
-			} else {
-				d.DirtyBitmaps = t.dirtyBitmaps()
-			}
-			if img, ok := t.Image.(hostImage); ok {
-				d.layers(img, n == t.file)
-			}
-			list = append(list, d)
+// add lists a node. like has what the nodes of an image have in common.
+func (n *nodeLister) add(like blockDevice, name string, l backend.Layer, readOnly bool) {
+	d := like
+	d.NodeName, d.File, d.Drv, d.RO, d.Image = name, l.Path, l.Format, readOnly, newImageInfo(l, n.flat)
+	if q := l.Qcow2; q != nil && len(q.Behind) > 0 {
+		d.BackingFile = q.Behind[0].Path
+		if !n.flat {
+			d.BackingDepth = len(q.Behind)
 		}
 	}
-	return list, nil
+	n.list = append(n.list, d)
+}
+
+// addTarget lists the nodes of an image.
+func (n *nodeLister) addTarget(t *Target) {
+	info := t.Image.Info()
+	format, file := t.active()
+	like := blockDevice{Active: format, DetectZeroes: "off", Cache: blockCache{Writeback: !info.WriteThrough}}
+	layer := backend.Layer{Path: info.Path, Size: t.Image.Size()}
+	layer.FileSize = layer.Size
+	if img, ok := t.Image.(hostImage); ok {
+		layer.FileSize = img.FileSize()
+		if q, ok := img.Qcow2(); ok {
+			layer.Qcow2 = &q
+		}
+	}
+	for _, x := range t.nodes() {
+		d, l := like, layer
+		if d.Cache.Direct = x.direct; x == t.file {
+			d.Active, l = file, fileLayer(layer)
+		} else {
+			d.DirtyBitmaps = t.dirtyBitmaps()
+		}
+		l.Format = x.driver
+		n.add(d, x.name, l, x.readOnly)
+	}
+	if t.format != nil && layer.Qcow2 != nil {
+		like.Cache.Direct = t.format.direct
+		n.addBelow(t, like, layer.Qcow2)
+	}
+}
+
+// addBelow lists what a qcow2 image leads to.
+func (n *nodeLister) addBelow(t *Target, like blockDevice, q *backend.QcowInfo) {
+	add := func(l backend.Layer, readOnly bool) {
+		n.add(like, n.registry.nameBelow(t, l.Format+":"+l.Path), l, readOnly)
+	}
+	data := func(q *backend.QcowInfo, readOnly bool) {
+		if q != nil && q.Data.Path != "" {
+			add(fileLayer(q.Data), readOnly)
+		}
+	}
+	data(q, t.format.readOnly)
+	for _, l := range q.Behind {
+		add(l, true)
+		add(fileLayer(l), true)
+		data(l.Qcow2, true)
+	}
+}
+
+func (s *session) queryNodes(a args) (any, error) {
+	r := s.server.cfg.Registry
+	n := nodeLister{registry: r, flat: arg[bool](a, "flat"), list: []blockDevice{}}
+	for _, t := range r.Targets() {
+		n.addTarget(t)
+	}
+	return n.list, nil
 }

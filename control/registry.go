@@ -73,12 +73,33 @@ func (r *Registry) reserveLocked(nodes ...*blockNode) error {
 	}
 	for _, n := range nodes {
 		if n.name == "" {
-			r.numbered++
-			n.name = fmt.Sprintf("#block%03d", r.numbered) // no name that a client may choose
+			n.name = r.numberLocked()
 		}
 		r.names[n.name] = nil
 	}
 	return nil
+}
+
+// numberLocked makes a name that no client may choose.
+func (r *Registry) numberLocked() string {
+	r.numbered++
+	return fmt.Sprintf("#block%03d", r.numbered)
+}
+
+// nameBelow names what an image leads to, which is told from the others by key.
+// The name remains as long as the image is under control, and no command knows it.
+func (r *Registry) nameBelow(t *Target, key string) string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	name, ok := t.below[key]
+	if !ok {
+		if t.below == nil {
+			t.below = make(map[string]string)
+		}
+		name = r.numberLocked()
+		t.below[key] = name
+	}
+	return name
 }
 
 // release gives reserved names back.

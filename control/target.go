@@ -44,7 +44,8 @@ type Target struct {
 	Takeover *Takeover
 
 	file   *blockNode
-	format *blockNode // nil for a file node alone
+	format *blockNode        // nil for a file node alone
+	below  map[string]string // names of what it leads to; under Registry.mu
 
 	// edit is held while nodes and exports are added and removed. What is
 	// held is checked to be registered still. It is taken before all other locks.

@@ -440,6 +440,23 @@ func TestSameAnswers(t *testing.T) {
 			`blockdev-del {"node-name":"q"}`,
 			`blockdev-add {"driver":"qcow2","node-name":"q","file":{"driver":"file","filename":"none.qcow2"}}`,
 		),
+		// What is behind an image, and beside it.
+		same(
+			`blockdev-add {"driver":"qcow2","node-name":"q","active":false,"file":{"driver":"file","filename":"top.qcow2","active":false}}`,
+			`query-named-block-nodes`,
+			`query-named-block-nodes {"flat":true}`,
+			`blockdev-set-active {"active":true}`,
+			`query-named-block-nodes {"flat":false}`,
+			`block_resize {"node-name":"q","size":6291456}`,
+			`query-named-block-nodes`,
+			`blockdev-del {"node-name":"q"}`,
+			`query-named-block-nodes`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","read-only":true,"file":{"driver":"file","filename":"top.qcow2"}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"r","active":false,"file":{"driver":"file","filename":"on-raw.qcow2"}}`,
+			`query-named-block-nodes`,
+			`blockdev-del {"node-name":"q"}`,
+			`blockdev-del {"node-name":"r"}`,
+		),
 		// A file node, and a format node on it.
 		same(
 			`blockdev-add {"driver":"file","node-name":"a","filename":"a.img"}`,
@@ -596,6 +613,12 @@ func TestSameAnswers(t *testing.T) {
 			t.Fatal(err)
 		}
 		run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "q.qcow2", "-F", "qcow2", "-u", filepath.Join(m.dir, "o.qcow2"), "2M")
+		run(t, "sh", "-ec", `cd "$1"
+			qemu-img create -q -f qcow2 -o data_file=low.data,data_file_raw=on,cluster_size=4k low.qcow2 1M
+			qemu-img create -q -f qcow2 -o data_file=mid.data,backing_file=low.qcow2,backing_fmt=qcow2,extended_l2=on mid.qcow2 2M
+			qemu-img create -q -f qcow2 -b b.img -F raw on-raw.qcow2
+			qemu-img create -q -f qcow2 -o data_file=top.data,backing_file=mid.qcow2,backing_fmt=qcow2 top.qcow2 3M
+			truncate -s 256k low.qcow2 mid.qcow2 on-raw.qcow2 top.qcow2`, "", m.dir)
 	}
 	for _, x := range script {
 		ours, theirs := our.ask(x.command), qemu.ask(x.command)
@@ -660,15 +683,18 @@ func canonical(t testing.TB, answer map[string]any) string {
 	if list, ok := answer["return"].([]any); ok {
 		key := func(v any) string {
 			m, _ := v.(map[string]any)
-			return fmt.Sprint(m["node-name"], m["id"], m["name"])
+			return numbered.ReplaceAllString(fmt.Sprint(m["node-name"], m["id"], m["name"]), "#block") + fmt.Sprint(m["file"], m["drv"])
 		}
 		slices.SortFunc(list, func(a, b any) int { return strings.Compare(key(a), key(b)) })
 		for _, v := range list {
-			if m, ok := v.(map[string]any); ok {
-				if image, ok := m["image"].(map[string]any); ok {
-					delete(image, "actual-size")
+			m, _ := v.(map[string]any)
+			image, _ := m["image"].(map[string]any)
+			for image != nil {
+				delete(image, "actual-size")
+				if specific, _ := image["format-specific"].(map[string]any); specific["type"] != "qcow2" {
 					delete(image, "format-specific")
 				}
+				image, _ = image["backing-image"].(map[string]any)
 			}
 		}
 	}
