@@ -58,15 +58,29 @@ func (o *Owned) look(v *view) error {
 	return err
 }
 
-// checkName tells, once, that the path names the active image no longer: what
-// is written goes when the last descriptor does.
+// PathLost is "" unless the path names the active image no longer, as Check has
+// found out, since somebody removed, moved or replaced it. Then it is where its
+// bytes are, as long as this process has it open. It may be called at any time.
+func (o *Owned) PathLost() string {
+	if where := o.cur.Load().lost.Load(); where != nil {
+		return *where
+	}
+	return ""
+}
+
+// checkName tells that the path names the active image no longer: what is
+// written goes when the last descriptor does.
 func (o *Owned) checkName(v *view) {
 	var st unix.Stat_t
 	err := retry(func() error { return unix.Stat(o.opts.Path, &st) })
-	gone := err == unix.ENOENT || err == nil && inodeOf(&st) != o.id
-	if gone && !v.nameless.Swap(true) {
+	switch {
+	case err == nil && inodeOf(&st) == o.id:
+		v.lost.Store(nil) // it may have been put back
+	case (err == nil || err == unix.ENOENT) && v.lost.Load() == nil:
+		where := procPath(v.file.fd)
+		v.lost.Store(&where)
 		o.warnf("%s: the path no longer names the image that is being served; its bytes are still reachable as %s; copy them before the server stops",
-			o.opts.Path, procPath(v.file.fd))
+			o.opts.Path, where)
 	}
 }
 

@@ -8,6 +8,31 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// One that is moved away and back is told of each time it goes.
+func TestCheckSeesNameAgain(t *testing.T) {
+	path := writeFile(t, t.TempDir(), pattern(5000, 1))
+	warned := 0
+	r := openImage(t, Options{Path: path, Warn: func(string) { warned++ }}, nil)
+	must(t, activate(r, false))
+	for i := range 3 {
+		must(t, os.Rename(path, path+".away"))
+		must(t, r.Check())
+		must(t, r.Check())
+		if warned != i+1 || r.PathLost() == "" {
+			t.Errorf("%d warnings, moved away %d times; lost: %q", warned, i+1, r.PathLost())
+		}
+		must(t, os.Rename(path+".away", path))
+		must(t, r.Check())
+		if r.PathLost() != "" {
+			t.Errorf("it is back, and said to be at %q", r.PathLost())
+		}
+	}
+	must(t, inactivate(r))
+	if r.PathLost() != "" {
+		t.Error("an inactive image is lost")
+	}
+}
+
 // An active image that is removed or replaced by name is told of, once.
 func TestCheckSeesName(t *testing.T) {
 	onEach(t, func(t *testing.T, dir string) {
@@ -17,8 +42,8 @@ func TestCheckSeesName(t *testing.T) {
 			r := openImage(t, Options{Path: path, Warn: func(s string) { warned = append(warned, s) }}, nil)
 			must(t, activate(r, false))
 			must(t, r.Check())
-			if len(warned) != 0 {
-				t.Errorf("%q", warned)
+			if len(warned) != 0 || r.PathLost() != "" {
+				t.Errorf("%q, %q", warned, r.PathLost())
 			}
 			must(t, os.Remove(path))
 			if replaced {
@@ -31,6 +56,9 @@ func TestCheckSeesName(t *testing.T) {
 				t.Errorf("replaced=%v: %q", replaced, warned)
 			}
 			wantContent(t, where, pattern(5000, 1))
+			if r.PathLost() != where {
+				t.Errorf("the image is said to be at %q", r.PathLost())
+			}
 			must(t, r.Close())
 			os.Remove(path)
 			os.Remove(path + ".owner")

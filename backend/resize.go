@@ -20,7 +20,7 @@ func (o *Owned) Resize(size int64) error {
 		return err
 	}
 	next := &view{file: v.file, others: v.others, active: true, content: c}
-	next.nameless.Store(v.nameless.Load())
+	next.lost.Store(v.lost.Load())
 	o.cur.Store(next)
 	return nil
 }

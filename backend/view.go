@@ -14,8 +14,8 @@ type view struct {
 	content
 
 	// What Check has seen.
-	strange  atomic.Int32 // times in a row that another held byte 101
-	nameless atomic.Bool  // the path names something else; told
+	strange atomic.Int32           // times in a row that another held byte 101
+	lost    atomic.Pointer[string] // the path names something else; see Owned.PathLost
 }
 
 // format makes views of an image's files. Its methods are called by the

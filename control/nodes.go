@@ -64,6 +64,7 @@ type blockDevice struct {
 	Cache          blockCache    `json:"cache"`
 	WriteThreshold int           `json:"write_threshold"`
 	DirtyBitmaps   []dirtyBitmap `json:"dirty-bitmaps,omitempty"`
+	PathLost       string        `json:"x-path-lost,omitempty"` // as ImageStatus.PathLost
 }
 
 type blockCache struct {
@@ -184,6 +185,9 @@ func (n *nodeLister) addTarget(t *Target) {
 	}
 	for _, x := range t.nodes() {
 		d, l := like, layer
+		if t.PathLost != nil {
+			d.PathLost = t.PathLost()
+		}
 		if d.Cache.Direct = x.direct; x == t.file {
 			d.Active, l = file, fileLayer(layer)
 		} else {

@@ -22,8 +22,11 @@ type Status struct {
 
 // ImageStatus is one image of a Status.
 type ImageStatus struct {
-	Node     string `json:"node-name"`
-	Image    string `json:"image"` // path, as given
+	Node  string `json:"node-name"`
+	Image string `json:"image"` // path, as given
+	// PathLost is set if that does not name the active image any more: where its
+	// bytes are, until the server ends.
+	PathLost string `json:"path-lost,omitempty"`
 	Format   string `json:"format"`
 	Size     int64  `json:"size"`
 	ReadOnly bool   `json:"read-only"`
@@ -154,6 +157,9 @@ func (t *Target) Status() ImageStatus {
 		if done, total := t.Repairing(); total > 0 {
 			s.Repair = &Repair{done, total}
 		}
+	}
+	if t.PathLost != nil {
+		s.PathLost = t.PathLost()
 	}
 	if t.Locks != nil {
 		s.Locks = t.Locks()

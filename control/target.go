@@ -39,6 +39,9 @@ type Target struct {
 	// activation has begun, in bytes, of 0 if there is none. It never waits,
 	// and may be nil.
 	Repairing func() (done, total int64)
+	// PathLost is where the bytes of the active image are if its path does not
+	// name it any more, otherwise "". It never waits, and may be nil.
+	PathLost func() string
 	// Takeover is how peers get the image, and how it is got from them; nil
 	// if peers get it at once and nothing is taken.
 	Takeover *Takeover

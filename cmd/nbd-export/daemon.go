@@ -242,7 +242,8 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 			}
 			return done, total
 		},
-		Locks: func() control.Locks { return control.Locks{Held: img.LocksHeld(), Scope: img.LockScope()} },
+		PathLost: img.PathLost,
+		Locks:    func() control.Locks { return control.Locks{Held: img.LocksHeld(), Scope: img.LockScope()} },
 	}
 	if st, err := os.Stat(opt.Path); err == nil {
 		target.Device = st.Mode()&os.ModeDevice != 0

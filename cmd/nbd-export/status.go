@@ -163,6 +163,9 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		row("since", "%s (%s)", i.Since.In(now.Location()).Format("2006-01-02 15:04:05"), age(now, i.Since))
 		row("locks", "%s (%s)", i.Locks.Held, i.Locks.Scope)
 		row("owner record", "%s", recordText(i.Record))
+		if i.PathLost != "" {
+			row("path lost", "it names another file or none; copy the bytes from %s before the server stops", i.PathLost)
+		}
 		row("connections", "%d", i.Connections)
 		row("in flight", "%d", i.InFlight)
 		if i.Held > 0 {

@@ -26,7 +26,8 @@ func TestWriteStatus(t *testing.T) {
 			},
 			{
 				Node: "image1", Image: "/dev/sdx", Format: "raw", Size: 1000, ReadOnly: true, State: "failed(io)", Since: now, Exports: []control.Export{{}},
-				Cause: "input/output error", LastError: "line one\nline two", Locks: control.Locks{Held: "none", Scope: "host-local"},
+				PathLost: "/proc/812/fd/9",
+				Cause:    "input/output error", LastError: "line one\nline two", Locks: control.Locks{Held: "none", Scope: "host-local"},
 				Record: control.Record{PerProcess: "--owner-record off"},
 			},
 		},
@@ -59,6 +60,7 @@ epoch        0
 since        2026-11-23 10:02:03 (0s)
 locks        none (host-local)
 owner record per process (--owner-record off)
+path lost    it names another file or none; copy the bytes from /proc/812/fd/9 before the server stops
 connections  0
 in flight    0
 read         0 bytes in 0 requests
