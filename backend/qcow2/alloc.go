@@ -126,6 +126,9 @@ func (im *Image) refill(n int64) error {
 			return im.grow(n)
 		}
 		more, err := im.scanBlock(index)
+		if !more && err == nil && a.fixed {
+			more, err = im.growTable()
+		}
 		switch {
 		case err != nil:
 			return err
@@ -185,14 +188,13 @@ func (im *Image) scanBlock(index int64) (more bool, err error) {
 // was added, and so does no more than the file's end change before all has
 // succeeded.
 func (im *Image) grow(n int64) error {
-	a, r, bits, per := &im.alloc, &im.refs, im.g.ClusterBits, im.g.refcountsPerBlock()
+	a, r, bits := &im.alloc, &im.refs, im.g.ClusterBits
 	first := a.end
 	n = max(n, min(max(min(first<<bits/8, 64*a.least), a.least), growMax)>>bits) + 2
 	last := first + n
-	blocks := func(end int64) int64 { return (end-1)/per + 1 }
 	table := int64(0) // clusters of a new table
-	if entries := im.g.ClusterSize() / 8; blocks(last) > int64(len(r.table)) {
-		for table*entries < blocks(last+table)*5/4 {
+	if entries := im.g.ClusterSize() / 8; im.blocksTo(last) > int64(len(r.table)) {
+		for table*entries < im.blocksTo(last+table)*5/4 {
 			table++
 		}
 		if table<<bits > maxRefcountTable {
@@ -200,6 +202,55 @@ func (im *Image) grow(n int64) error {
 		}
 		last += table
 	}
+	if err := im.f.Resize(last << bits); err != nil {
+		return err
+	}
+	return im.addClusters(first, last, table, true)
+}
+
+// growTable makes a larger refcount table for a file that cannot become longer,
+// and reaches further than the table can count: what is there is free. It reports
+// false if there is no room. The table is for all of the file; of the blocks only
+// those are made that count the first of the new clusters, and scanBlock makes the
+// others.
+func (im *Image) growTable() (bool, error) {
+	a, r, per := &im.alloc, &im.refs, im.g.refcountsPerBlock()
+	first, entries := int64(len(r.table))*per, min(im.blocksTo(a.end), maxRefcountTable/8)
+	table := im.g.Clusters(8 * entries)
+	used := func(last int64) int64 { return first + table + im.blocksTo(last) - first/per } // where tables end
+	last := first + table
+	for last < used(last) {
+		last++
+	}
+	last = min(im.blocksTo(last)*per, a.end)
+	if last < used(last) || im.blocksTo(last) > entries {
+		return false, nil
+	}
+	r.mu.Lock()
+	for c := first; c < used(last); c++ {
+		if r.metadata.has(c) { // which nothing counts
+			r.mu.Unlock()
+			return false, nil
+		}
+	}
+	r.mu.Unlock()
+	if err := im.addClusters(first, last, table, false); err != nil {
+		return false, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a.scan = im.blocksTo(last)
+	return true, nil
+}
+
+// blocksTo is how many refcount blocks count the clusters up to end.
+func (im *Image) blocksTo(end int64) int64 { return (end-1)/im.g.refcountsPerBlock() + 1 }
+
+// addClusters makes the clusters from first to last ready, which are free, with
+// refcount blocks for them and a new refcount table of so many clusters, 0 for
+// none. zero says that they read as zeros. After an error nothing has changed.
+func (im *Image) addClusters(first, last, table int64, zero bool) error {
+	a, r, bits, per := &im.alloc, &im.refs, im.g.ClusterBits, im.g.refcountsPerBlock()
 	var have []*refblock // by index from that of first; nil for new ones
 	defer func() {
 		r.mu.Lock()
@@ -210,20 +261,16 @@ func (im *Image) grow(n int64) error {
 		}
 		r.mu.Unlock()
 	}()
-	for index := first / per; index < blocks(last); index++ {
+	for index := first / per; index < im.blocksTo(last); index++ {
 		b, err := im.loadBlock(index)
 		if err != nil {
 			return err
 		}
 		have = append(have, b)
 	}
-	if err := im.f.Resize(last << bits); err != nil {
-		return err
-	}
-
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	a.end = last
+	a.end = max(a.end, last)
 	block := func(c int64) *refblock { return have[c/per-first/per] }
 	next := first // what may be used for metadata
 	if table > 0 {
@@ -260,7 +307,7 @@ func (im *Image) grow(n int64) error {
 	for c := first; c < last; c++ {
 		// A damaged image may count what is past its end.
 		if b := block(c); im.g.refcount(b.b, c%per) == 0 && !r.metadata.has(c) {
-			im.readyLocked(b, run{c, 1, true})
+			im.readyLocked(b, run{c, 1, zero})
 		}
 	}
 	return nil

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -222,6 +223,15 @@ func TestCrashStates(t *testing.T) {
 		"growth": func(t *testing.T) *memfile.File {
 			return made(t, "2304k", "cluster_size=512", "refcount_bits=64")
 		},
+		// The same on a device, which is full of other bytes.
+		"device growth": func(t *testing.T) *memfile.File {
+			f := made(t, "2304k", "cluster_size=512", "refcount_bits=64")
+			was := f.Length()
+			if err := errors.Join(f.Resize(6<<20), f.WriteAt(bytes.Repeat([]byte{0xee}, int(6<<20-was)), was, false)); err != nil {
+				t.Fatal(err)
+			}
+			return f
+		},
 		"compressed": func(t *testing.T) *memfile.File { return withSectors(t, "-c", "cluster_size=4k") },
 		"snapshot": func(t *testing.T) *memfile.File {
 			return snapshotted(t, withSectors(t, "", "cluster_size=512"))
@@ -239,7 +249,7 @@ func TestCrashStates(t *testing.T) {
 			for seed := range runs {
 				rng := rand.New(rand.NewPCG(seed, 11))
 				f := make(t)
-				im := opened(t, f, Options{L2Cache: 1})
+				im := opened(t, f, Options{L2Cache: 1, Fixed: name == "device growth"})
 				h := newHistory(t, im, func() int { _, e := f.Events(); return len(e) })
 				im.alloc.least = 0 // so that what is freed is used again soon
 				f.Record()
@@ -247,14 +257,14 @@ func TestCrashStates(t *testing.T) {
 					t.Fatal(err)
 				}
 				steps := 50
-				if name == "growth" {
+				if strings.HasSuffix(name, "growth") {
 					steps = 25
 				}
 				for range steps {
 					sectors := int64(len(h.sectors))
 					first := rng.Int64N(sectors)
 					n := 1 + rng.Int64N(min(sectors-first, 20))
-					if name == "growth" {
+					if strings.HasSuffix(name, "growth") {
 						n = 1 + rng.Int64N(min(sectors-first, 400))
 					}
 					var err error
@@ -292,9 +302,18 @@ func TestCrashStates(t *testing.T) {
 // many lie in one cluster, while others flush.
 func TestCrashStatesOfManyWriters(t *testing.T) {
 	for name, make := range map[string]func(t *testing.T) *memfile.File{
-		"512":        func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=512") },
-		"4k":         func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=4k") },
-		"extended":   func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=16k", "extended_l2=on") },
+		"512":      func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=512") },
+		"4k":       func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=4k") },
+		"extended": func(t *testing.T) *memfile.File { return made(t, "120k", "cluster_size=16k", "extended_l2=on") },
+		// The same on a device, which is full of other bytes.
+		"device growth": func(t *testing.T) *memfile.File {
+			f := made(t, "2304k", "cluster_size=512", "refcount_bits=64")
+			was := f.Length()
+			if err := errors.Join(f.Resize(6<<20), f.WriteAt(bytes.Repeat([]byte{0xee}, int(6<<20-was)), was, false)); err != nil {
+				t.Fatal(err)
+			}
+			return f
+		},
 		"compressed": func(t *testing.T) *memfile.File { return withSectors(t, "-c", "cluster_size=4k") },
 		"snapshot":   func(t *testing.T) *memfile.File { return snapshotted(t, withSectors(t, "", "cluster_size=4k")) },
 	} {

@@ -256,14 +256,19 @@ func (c *checker) free() (int64, error) {
 	return end, nil
 }
 
-// rebuild makes all refcounts anew at the end of the file, and has the header
-// name them then.
+// rebuild makes all refcounts anew, behind everything that is used, and has the
+// header name them then. Until then those that are there stay.
 func (c *checker) rebuild() error {
+	old := c.g.Clusters(min(c.h.RefcountOffset+c.h.RefcountLength<<c.g.ClusterBits, c.f.Length()))
+	for _, e := range c.table {
+		old = max(old, min(int64(e), c.f.Length())>>c.g.ClusterBits+1)
+	}
+	old = max(old, c.counts.end())
 	if err := c.recount(); err != nil {
 		return err
 	}
 	per, entries := c.g.refcountsPerBlock(), c.g.ClusterSize()/8
-	first := max(c.g.Clusters(c.f.Length()), c.counts.end())
+	first := max(old, c.counts.end())
 	needed := c.needed()
 	var table int64
 	for {
@@ -289,8 +294,10 @@ func (c *checker) rebuild() error {
 		return &FormatError{Path: c.f.Path(), What: fmt.Sprintf("its refcounts cannot be made anew: their table would exceed %d bytes", maxRefcountTable)}
 	}
 	total := int64(len(needed)) + table
-	if err := c.f.Resize((first + total) << c.g.ClusterBits); err != nil {
-		return fmt.Errorf("the refcounts of %s cannot be made anew: %w", c.f.Path(), err)
+	if end := (first + total) << c.g.ClusterBits; end > c.f.Length() {
+		if err := c.f.Resize(end); err != nil {
+			return fmt.Errorf("the refcounts of %s cannot be made anew: %w", c.f.Path(), err)
+		}
 	}
 	for k := range total {
 		c.counts.add(first+k, 1, 1)
