@@ -268,7 +268,7 @@ func TestBitmapsGrowWithTheDisk(t *testing.T) {
 			`blockdev-add {"driver":"qcow2","node-name":"n","file":{"driver":"file","filename":"bits.qcow2"}}`,
 		)
 		// More clusters of bits of one and then of all, and of tables.
-		grown := []int{9 << 20, 50 << 20, 300 << 20, 480 << 20}[round]
+		grown := []int{9 << 20, 50 << 20, 600 << 20, 2 << 30}[round]
 		m.must(fmt.Sprintf(`block_resize {"node-name":"n","size":%d}`, grown))
 		m.must(`block-export-add {"type":"nbd","id":"e","node-name":"n","writable":true,"bitmaps":["b","fine","off"]}`)
 		for name, runs := range want {

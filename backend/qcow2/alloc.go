@@ -123,7 +123,7 @@ func (im *Image) refill(n int64) error {
 		case have > 0:
 			return nil
 		case !a.fixed && tries == scanBlocks:
-			return im.grow(n)
+			return im.grow(n, false)
 		}
 		more, err := im.scanBlock(index)
 		if !more && err == nil && a.fixed {
@@ -136,7 +136,7 @@ func (im *Image) refill(n int64) error {
 		case a.fixed:
 			return fmt.Errorf("qcow2 image %s has no free cluster left, and what it lies on cannot become larger: %w", im.f.Path(), unix.ENOSPC)
 		default:
-			return im.grow(n)
+			return im.grow(n, false)
 		}
 	}
 }
@@ -186,14 +186,18 @@ func (im *Image) scanBlock(index int64) (more bool, err error) {
 // grow makes the file longer by n clusters or more, with refcount blocks for
 // them, and if need be a larger refcount table. Their clusters come from what
 // was added, and so does no more than the file's end change before all has
-// succeeded.
-func (im *Image) grow(n int64) error {
+// succeeded. With together the n clusters lie side by side, behind all that
+// counts them and a new refcount table, by which alone these blocks are found.
+func (im *Image) grow(n int64, together bool) error {
 	a, r, bits := &im.alloc, &im.refs, im.g.ClusterBits
 	first := a.end
 	n = max(n, min(max(min(first<<bits/8, 64*a.least), a.least), growMax)>>bits) + 2
 	last := first + n
+	if together {
+		last += 2*(im.blocksTo(last)-first/im.g.refcountsPerBlock()) + 2 // the blocks and what these and the table take
+	}
 	table := int64(0) // clusters of a new table
-	if entries := im.g.ClusterSize() / 8; im.blocksTo(last) > int64(len(r.table)) {
+	if entries := im.g.ClusterSize() / 8; together || im.blocksTo(last) > int64(len(r.table)) {
 		for table*entries < im.blocksTo(last+table)*5/4 {
 			table++
 		}

@@ -337,9 +337,18 @@ func (l *lying) WriteAt(p []byte, off int64, durable bool) error {
 // TestGrowingBitmapsAfterEachFailure fails every call of Resize in turn.
 // The image stays as usable as before, and can be grown later.
 func TestGrowingBitmapsAfterEachFailure(t *testing.T) {
-	const size, large = 1<<20 + 512, 5 << 20
-	path := withBitmaps(t, size, 9, "cluster_size=512")
-	for _, settle := range []bool{false, true} { // before it is grown again
+	const size = 1<<20 + 512
+	for _, c := range []struct {
+		options string
+		large   int64
+		settle  bool // before it is grown again
+	}{
+		{"cluster_size=512", 5 << 20, false},
+		{"cluster_size=512", 5 << 20, true},
+		// Its L1 table is longer than what one refcount block counts.
+		{"cluster_size=512,refcount_bits=64", 160 << 20, true},
+	} {
+		path, large := withBitmaps(t, size, 9, c.options), c.large
 		for k := 0; ; k++ {
 			f := loaded(t, path)
 			warned := 0
@@ -377,7 +386,7 @@ func TestGrowingBitmapsAfterEachFailure(t *testing.T) {
 			}
 			checked(t, f.Bytes(), false)
 			changes(t, im, m, rng, 5)
-			if settle {
+			if c.settle {
 				if err := im.Settle(); err != nil {
 					t.Fatal(err)
 				}

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -223,5 +225,63 @@ func TestResize(t *testing.T) {
 		if h, err := ReadHeader(f); err != nil || h.Size != 5<<20 {
 			t.Errorf("%v %+v", err, h)
 		}
+	}
+}
+
+// TestResizeWithManyTables: the new L1 table is longer than what one refcount
+// block counts. Whatever a crash leaves is the disk of before, of one of the
+// sizes.
+func TestResizeWithManyTables(t *testing.T) {
+	for _, bits := range []string{"1", "16", "64"} {
+		t.Run(bits, func(t *testing.T) {
+			f := withSectors(t, "", "cluster_size=512", "refcount_bits="+bits)
+			was := readAll(t, opened(t, f, Options{}))
+			f.Record()
+			im := begun(t, f, Options{})
+			sizes := []int64{im.Size(), 160 << 20, 700 << 20, 9 << 30}
+			for i, size := range sizes[1:] {
+				p := noise(rand.New(rand.NewPCG(1, uint64(i))), 1000)
+				if err := errors.Join(im.Resize(size), im.writeAt(p, size-1000), im.Flush()); err != nil {
+					t.Fatal(err)
+				}
+				got := make([]byte, 1000)
+				if err := im.readAt(got, size-1000); err != nil || !bytes.Equal(got, p) {
+					t.Fatalf("%v, or it reads other bytes at the end of %d", err, size)
+				}
+			}
+			if err := im.Settle(); err != nil {
+				t.Fatal(err)
+			}
+			checked(t, f.Bytes(), true)
+			from, events := f.Events()
+			rng := rand.New(rand.NewPCG(2, 2))
+			seen := make(map[int64]bool)
+			for n := 0; n <= len(events); n += stride {
+				for try := range 3 {
+					chance := rng
+					if try == 0 {
+						chance = nil
+					}
+					b := memfile.Crash(from, events, n, chance)
+					state := memfile.New("crashed", b)
+					im := opened(t, state, Options{})
+					r, err := Check(state, im.h, nil)
+					if err != nil || r.Corruptions > 0 {
+						t.Fatalf("after %d of %d events, the last %s: %v %v", n, len(events), last(events[:n]), err, r.Findings)
+					}
+					if rng.IntN(len(events)) < 3 {
+						checked(t, b, false)
+					}
+					is := make([]byte, len(was))
+					if err := im.readAt(is, 0); err != nil || !bytes.Equal(is, was) {
+						t.Fatalf("after %d of %d events, the last %s: %v, or it reads other bytes", n, len(events), last(events[:n]), err)
+					}
+					seen[im.Size()] = true
+				}
+			}
+			if !slices.Equal(slices.Sorted(maps.Keys(seen)), sizes) {
+				t.Errorf("seen: %v", seen)
+			}
+		})
 	}
 }

@@ -156,20 +156,43 @@ func (im *Image) growL1(need int64) error {
 	return nil
 }
 
-// takeNeighbours takes n clusters that lie side by side.
+// takeNeighbours takes n clusters that lie side by side. Nobody else takes any
+// meanwhile.
 func (im *Image) takeNeighbours(n int64) (run, error) {
-	for try := 0; ; try++ {
-		got, err := im.take(n, MayBlock)
-		if err != nil {
+	// Where the file has become longer before, every refcount block lies among the
+	// clusters that it counts.
+	if n >= im.g.refcountsPerBlock() && !im.alloc.fixed {
+		if err := im.growTogether(n); err != nil {
 			return run{}, err
+		}
+	}
+	var got run
+	for try := 0; ; try++ {
+		more, err := im.take(n-got.n, MayBlock)
+		if err != nil {
+			im.giveBack(got)
+			return run{}, err
+		}
+		if more.first == got.first+got.n {
+			got.n += more.n
+			got.zero = got.zero && more.zero
+		} else {
+			// What is ready is in pieces; the end of the file is not.
+			defer im.giveBack(got)
+			got = more
 		}
 		if got.n == n {
 			return got, nil
 		}
-		// What is ready is in pieces; the end of the file is not.
-		defer im.giveBack(got)
 		if try == 1<<16 || im.alloc.fixed && try == 1<<10 {
+			im.giveBack(got)
 			return run{}, fmt.Errorf("qcow2 image %s has no %d free clusters side by side: %w", im.f.Path(), n, unix.ENOSPC)
 		}
 	}
+}
+
+func (im *Image) growTogether(n int64) error {
+	im.alloc.filling.Lock()
+	defer im.alloc.filling.Unlock()
+	return im.grow(n, true)
 }
