@@ -43,6 +43,7 @@ func (e *Engine) mayRead() bool {
 // readHere runs a read in the receiving goroutine. mayRead has let it.
 func (c *conn) readHere(t *task) {
 	c.flush()
+	c.swallow()
 	c.list(t)
 	err := t.fetch(false)
 	c.e.reading.Add(-1)

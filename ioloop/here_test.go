@@ -56,6 +56,12 @@ func TestReadHere(t *testing.T) {
 	single(4)
 	expect("one by one again", 4, 0)
 
+	for i := range int64(4) { // what was only looked at is no further request
+		c.ok(OpWrite, 0, 512<<10, 4096, want[512<<10:][:4096])
+		c.ok(OpRead, 0, i*8192, 4096, nil)
+	}
+	expect("between writes", 4, 0)
+
 	// Two at once.
 	var both []byte
 	for i := range uint64(2) {
