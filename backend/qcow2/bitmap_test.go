@@ -316,6 +316,25 @@ func TestBitmapsAreInconsistentAfterACrash(t *testing.T) {
 	checked(t, f.Bytes(), true)
 }
 
+// failingCall calls f while the file's call number k from now fails, if there are so
+// many; syncs and punches do not count.
+func failingCall(file *memfile.File, k int, f func() error) (failed bool, err error) {
+	calls := 0
+	file.Fail = func(op memfile.Op, off, n int64) error {
+		if op == memfile.Sync || op == memfile.Punch {
+			return nil
+		}
+		if calls++; calls-1 == k {
+			failed = true
+			return unix.ENOSPC
+		}
+		return nil
+	}
+	err = f()
+	file.Fail = nil
+	return failed, err
+}
+
 // TestBitmapsAfterEachFailure fails every call of Settle in turn. The image
 // stays as usable as before, and Settle succeeds later.
 func TestBitmapsAfterEachFailure(t *testing.T) {
@@ -331,19 +350,7 @@ func TestBitmapsAfterEachFailure(t *testing.T) {
 				t.Fatal(err)
 			}
 			changes(t, im, m, rng, 5)
-			calls, failed := 0, false
-			f.Fail = func(op memfile.Op, off, n int64) error {
-				if op == memfile.Sync || op == memfile.Punch {
-					return nil
-				}
-				if calls++; calls-1 == k {
-					failed = true
-					return unix.ENOSPC
-				}
-				return nil
-			}
-			err := im.Settle()
-			f.Fail = nil
+			failed, err := failingCall(f, k, im.Settle)
 			if !failed {
 				if err != nil {
 					t.Fatal(err)

@@ -356,19 +356,7 @@ func TestGrowingBitmapsAfterEachFailure(t *testing.T) {
 			m := newDirtyModel(9, size)
 			rng := rand.New(rand.NewPCG(uint64(k), 1))
 			changes(t, im, m, rng, 5)
-			calls, failed := 0, false
-			f.Fail = func(op memfile.Op, off, n int64) error {
-				if op == memfile.Sync || op == memfile.Punch {
-					return nil
-				}
-				if calls++; calls-1 == k {
-					failed = true
-					return unix.ENOSPC
-				}
-				return nil
-			}
-			err := im.Resize(large)
-			f.Fail = nil
+			failed, err := failingCall(f, k, func() error { return im.Resize(large) })
 			if failed != (err != nil || warned > 0) {
 				t.Fatalf("call %d: %v, %d warnings", k, err, warned)
 			}
