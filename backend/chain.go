@@ -104,6 +104,9 @@ func (c *chain) image(f *File, path string) (*qcow2.Image, error) {
 		Fixed: f.traits.BlockDevice, Warn: c.opts.Warn,
 	}
 	first := f == c.files[0]
+	if first && c.opts.step != nil {
+		o.Step = func(s qcow2.Step) { c.opts.step(string(s)) }
+	}
 	l := &Link{Path: path, Format: "qcow2", File: f, Header: h}
 	c.links = append(c.links, l)
 	if h.Incompatible&qcow2.DataFile != 0 {

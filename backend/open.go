@@ -86,6 +86,8 @@ type Options struct {
 	// keep the image from being served. It may be called by any goroutine,
 	// also later. nil drops them.
 	Warn func(string)
+
+	step func(string) // see OpenHooked
 }
 
 // settle replaces zero values by the defaults and refuses what is unknown.

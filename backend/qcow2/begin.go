@@ -20,6 +20,8 @@ func (im *Image) Begin(progress func(done, total int64)) error {
 	if im.h.Incompatible&Dirty != 0 && im.opts.NoRepair {
 		return im.refused(unix.EIO, "it was not closed in order and its refcounts may be wrong; mend it with nbd-export check --repair all")
 	}
+	im.stepping = true
+	defer func() { im.stepping = false }()
 	if err := im.beginBitmaps(); err != nil {
 		return err
 	}
@@ -36,6 +38,7 @@ func (im *Image) Begin(progress func(done, total int64)) error {
 	}
 	im.forgetTables() // those in memory were read before it was known what is metadata
 	if unknown := im.h.Autoclear &^ knownAutoclear; unknown != 0 {
+		im.at(StepAutoclear)
 		if err := im.f.WriteAt(be64(im.h.Autoclear&^unknown), offAutoclear, false); err != nil {
 			return err
 		}
@@ -86,6 +89,8 @@ func (im *Image) Settle() error {
 	}
 	im.stopTimer()
 	defer im.allowTimer()
+	im.stepping = true
+	defer func() { im.stepping = false }()
 	for {
 		if err := im.settleBitmaps(); err != nil {
 			return err
@@ -97,12 +102,14 @@ func (im *Image) Settle() error {
 			return err
 		}
 		if im.broken.Load() || !im.dirty() {
+			im.at(StepSettled)
 			return nil
 		}
 		// What a read still uses is freed when that has ended, which waits for
 		// storage and for nothing else.
 		for im.inLimbo() {
 			im.pauseForPins()
+			im.at(StepGiveBack)
 			if err := im.reclaim(); err != nil {
 				return err
 			}
@@ -132,6 +139,7 @@ func (im *Image) trim() {
 	if end == was {
 		return
 	}
+	im.at(StepTrim)
 	if err := im.f.Resize(end << im.g.ClusterBits); err != nil {
 		// The clusters are free and the file is a little long.
 		r.mu.Lock()

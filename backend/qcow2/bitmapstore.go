@@ -67,6 +67,7 @@ func (im *Image) settleBitmaps() error {
 	if !bs.unsettled || im.broken.Load() {
 		return nil
 	}
+	im.at(StepStoreBitmaps)
 	if bs.sizeUnsure {
 		if err := im.writeSize(); err != nil {
 			return err
@@ -91,6 +92,7 @@ func (im *Image) settleBitmaps() error {
 		s.b.changed.Store(false)
 	}
 	bs.flag(true)
+	im.at(StepBitmapTables)
 	if err := im.writeDirectory(); err != nil {
 		return err
 	}
@@ -99,6 +101,7 @@ func (im *Image) settleBitmaps() error {
 	for _, b := range bs.open {
 		binary.BigEndian.PutUint32(bs.raw[b.at+offBitmapEntries:], uint32(b.TableEntries))
 	}
+	im.at(StepBitmapFlags)
 	bs.flag(false)
 	// Even if it fails some may be marked as consistent from here on.
 	bs.closed.Store(true)

@@ -101,6 +101,9 @@ func (im *Image) flushOnce() error {
 		return err
 	}
 	im.settled(b)
+	if im.inLimbo() {
+		im.at(StepGiveBack)
+	}
 	if err := im.reclaim(); err != nil {
 		im.opts.Warn(err.Error()) // what was flushed is durable all the same
 	}
@@ -150,6 +153,7 @@ func (im *Image) collect() *batch {
 
 // writeBatch is steps 2 and 3 of the package comment.
 func (im *Image) writeBatch(b *batch) error {
+	im.at(StepRefcounts)
 	for _, x := range b.blocks {
 		if err := im.writeTable(x.raw, x.b.off+x.lo); err != nil {
 			return err
@@ -171,6 +175,9 @@ func (im *Image) writeBatch(b *batch) error {
 			return err
 		}
 	}
+	if len(b.slices) > 0 {
+		im.at(StepL2)
+	}
 	for _, x := range b.slices {
 		if err := im.writeTable(x.raw, x.off); err != nil {
 			return err
@@ -180,6 +187,9 @@ func (im *Image) writeBatch(b *batch) error {
 		if err := im.f.Sync(); err != nil {
 			return err
 		}
+	}
+	if len(b.l1) > 0 {
+		im.at(StepL1)
 	}
 	for _, x := range b.l1 {
 		if err := im.writeTable(be64(x.entry), im.h.L1Offset+8*x.index); err != nil {

@@ -23,6 +23,9 @@ type Options struct {
 	NoRepair bool
 	// Fixed: the image's file, as a block device, cannot become longer.
 	Fixed bool
+	// Step, for tests, is called at each step of Begin and Settle, by whoever
+	// called that. nil is for none.
+	Step func(Step)
 	// Warn gets a line about what the user should know; nil drops them. It may
 	// be called by any goroutine.
 	Warn func(string)
@@ -57,6 +60,10 @@ type Image struct {
 	tables sync.Mutex // see cache for the order
 
 	bitmaps bitmaps
+
+	// stepping: Begin or Settle is under way, beside which nothing changes
+	// tables. It is only looked at where Options.Step is set.
+	stepping bool
 
 	headerMu sync.Mutex // leaf
 	begun    atomic.Bool

@@ -25,6 +25,27 @@ const (
 // of snapshots or bitmaps, cannot be read, nothing is changed: what only they
 // name would be given away.
 func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (before, after *Report, err error) {
+	before, after, err = mend(f, h, what, progress)
+	if err == nil && after.Corruptions == 0 {
+		err = unmark(f, h)
+	}
+	return before, after, err
+}
+
+// unmark makes an image that is mended neither Dirty nor Corrupt.
+func unmark(f File, h *Header) error {
+	if h.Incompatible&(Dirty|Corrupt) == 0 {
+		return nil
+	}
+	h.Incompatible &^= Dirty | Corrupt
+	if err := f.WriteAt(be64(h.Incompatible), offIncompatible, false); err != nil {
+		return err
+	}
+	return f.Sync()
+}
+
+// mend is Mend, which leaves the image marked.
+func mend(f File, h *Header, what Repair, progress func(done, total int64)) (before, after *Report, err error) {
 	c := newChecker(f, h, progress)
 	if err := c.run(); err != nil {
 		return nil, nil, err
@@ -57,13 +78,6 @@ func Mend(f File, h *Header, what Repair, progress func(done, total int64)) (bef
 		}
 	}
 	after.CorruptionsFixed, after.LeaksFixed = fixed.CorruptionsFixed, fixed.LeaksFixed
-	if after.Corruptions == 0 && h.Incompatible&(Dirty|Corrupt) != 0 {
-		h.Incompatible &^= Dirty | Corrupt
-		if err := f.WriteAt(be64(h.Incompatible), offIncompatible, false); err != nil {
-			return before, after, err
-		}
-		return before, after, f.Sync()
-	}
 	return before, after, nil
 }
 
@@ -346,12 +360,17 @@ func (c *checker) recount() error {
 
 // repairDirty mends an image whose last owner died, and reads it anew.
 func (im *Image) repairDirty(progress func(done, total int64)) error {
-	_, after, err := Mend(im.f, im.h, RepairAll, progress)
+	im.at(StepRepair)
+	_, after, err := mend(im.f, im.h, RepairAll, progress)
 	if err != nil {
 		return err
 	}
 	if after.Corruptions > 0 {
 		return im.refused(unix.EIO, fmt.Sprintf("it was not closed in order, and %d errors in it could not be mended; look at it with nbd-export check", after.Corruptions))
+	}
+	im.at(StepMarkClean)
+	if err := unmark(im.f, im.h); err != nil {
+		return err
 	}
 	return im.readL1(im.h.L1Offset)
 }

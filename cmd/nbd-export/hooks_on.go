@@ -25,7 +25,10 @@ import (
 //	{"call":"write","stalled":true}         one that waits
 //
 //	{"fail":"sync","errno":5}               such calls fail until the next step
+//	{"fail":"sync","errno":0}               or until now
 //	{"stall":"write"}                       such calls wait
+//	{"stall":"write","times":1}             the next such call waits, from when on
+//	{"call":"write","armed":true}           we have said so
 //	{"resume":true}                         until then
 //	{"go":true}                             go on with the step
 //
@@ -39,7 +42,13 @@ type hook struct {
 	mu           sync.Mutex // a leaf; also keeps what is sent in its order
 	armed        map[string]syscall.Errno
 	seen, failed map[string]bool
-	stalled      map[string]chan struct{} // closed when the calls may go on
+	stalled      map[string]*stall
+}
+
+// stall has calls wait.
+type stall struct {
+	left int           // so many more, negative for all
+	over chan struct{} // closed when they may go on
 }
 
 // hookMessage is what is sent in either direction.
@@ -49,9 +58,11 @@ type hookMessage struct {
 	Call    string        `json:"call,omitempty"`
 	Failed  bool          `json:"failed,omitempty"`
 	Stalled bool          `json:"stalled,omitempty"`
+	Armed   bool          `json:"armed,omitempty"`
 	Fail    string        `json:"fail,omitempty"`
 	Errno   syscall.Errno `json:"errno,omitempty"`
 	Stall   string        `json:"stall,omitempty"`
+	Times   int           `json:"times,omitempty"`
 	Resume  bool          `json:"resume,omitempty"`
 	Go      bool          `json:"go,omitempty"`
 }
@@ -68,10 +79,10 @@ func openImage(o backend.Options) (*backend.Owned, func(state.Options) state.Opt
 	if err != nil {
 		return nil, nil, fmt.Errorf("NBD_EXPORT_HOOKS: %w", err)
 	}
-	h := &hook{image: o.Path, conn: conn, next: make(chan struct{}), gone: make(chan struct{}), stalled: map[string]chan struct{}{}}
+	h := &hook{image: o.Path, conn: conn, next: make(chan struct{}), gone: make(chan struct{}), stalled: map[string]*stall{}}
 	h.reset()
 	go h.obey()
-	img, err := backend.OpenHooked(o, h.fault)
+	img, err := backend.OpenHooked(o, h.fault, func(step string) { h.step(o.Path, state.Step(step)) })
 	return img, func(o state.Options) state.Options {
 		o.Step = h.step
 		return o
@@ -109,7 +120,12 @@ func (h *hook) obey() {
 			h.armed[m.Fail] = m.Errno
 		}
 		if m.Stall != "" {
-			h.stalled[m.Stall] = make(chan struct{})
+			h.stalled[m.Stall] = &stall{left: m.Times, over: make(chan struct{})}
+			if m.Times == 0 {
+				h.stalled[m.Stall].left = -1
+			} else {
+				h.send(hookMessage{Image: h.image, Call: m.Stall, Armed: true})
+			}
 		}
 		if m.Resume {
 			h.resume()
@@ -127,25 +143,31 @@ func (h *hook) obey() {
 }
 
 func (h *hook) resume() {
-	for _, c := range h.stalled {
-		close(c)
+	for _, s := range h.stalled {
+		close(s.over)
 	}
 	clear(h.stalled)
 }
 
 func (h *hook) fault(call string, _ int64, n int) (int, error) {
 	h.mu.Lock()
-	errno, fails := h.armed[call]
-	stalled := h.stalled[call]
-	if !h.seen[call] || fails && !h.failed[call] || stalled != nil {
-		h.seen[call], h.failed[call] = true, fails
-		h.send(hookMessage{Image: h.image, Call: call, Failed: fails, Stalled: stalled != nil})
+	errno := h.armed[call]
+	s := h.stalled[call]
+	if s != nil && s.left == 0 {
+		s = nil
+	}
+	if !h.seen[call] || errno != 0 && !h.failed[call] || s != nil {
+		h.seen[call], h.failed[call] = true, errno != 0
+		h.send(hookMessage{Image: h.image, Call: call, Failed: errno != 0, Stalled: s != nil})
+	}
+	if s != nil {
+		s.left--
 	}
 	h.mu.Unlock()
-	if stalled != nil {
-		<-stalled
+	if s != nil {
+		<-s.over
 	}
-	if fails {
+	if errno != 0 {
 		return 0, errno
 	}
 	return n, nil
