@@ -4,9 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -32,11 +30,12 @@ const (
 // written by one writer.
 type crashLoad struct {
 	t       testing.TB
-	image   string
+	content func() []byte // of all blocks
 	mu      sync.Mutex
-	blocks  [crashStripes * crashBlocks]crashBlockLog
-	stripes int             // that have a writer
-	odd     map[string]bool // errors that nobody asked for
+	blocks  [crashStripes*crashBlocks + 1]crashBlockLog // the last is written once, see crashRun.fresh
+	lost    bool                                        // what was not flushed may be gone with its owner
+	stripes int                                         // that have a writer
+	odd     map[string]bool                             // errors that nobody asked for
 	ids     atomic.Uint64
 	running sync.RWMutex // held by who is in a request
 	fronts  []*crashFront
@@ -47,14 +46,16 @@ type crashLoad struct {
 // crashBlockLog is what is known of a block.
 type crashBlockLog struct {
 	acked   uint64          // the last write that was acknowledged, 0 for none
+	durable uint64          // that is there, or a later one, whatever becomes of the owner
+	since   []uint64        // those that were acknowledged after it
 	unknown []uint64        // writes since then that may be there or not
 	refused map[uint64]bool // all that must not be there
 	// Writes begun and ended: a read that no write overlaps is not torn.
 	begun, ended atomic.Uint64
 }
 
-func newCrashLoad(t testing.TB, image string) *crashLoad {
-	l := &crashLoad{t: t, image: image, odd: map[string]bool{}, stopped: make(chan struct{})}
+func newCrashLoad(t testing.TB, content func() []byte) *crashLoad {
+	l := &crashLoad{t: t, content: content, odd: map[string]bool{}, stopped: make(chan struct{})}
 	t.Cleanup(l.stop)
 	return l
 }
@@ -89,6 +90,38 @@ func (l *crashLoad) pause() (resume func()) {
 		l.t.Fatal("a request is not answered")
 	}
 	return l.running.Unlock
+}
+
+// settled says that what is acknowledged is durable.
+func (l *crashLoad) settled() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range l.blocks {
+		l.blocks[i].settled()
+	}
+}
+
+func (k *crashBlockLog) settled() { k.durable, k.since = k.acked, nil }
+
+// flushed says that a flush was answered which began after the last write to a
+// stripe. Of an owner that is being lost it says nothing: once it has abandoned the
+// image it answers that there is nothing to flush.
+func (l *crashLoad) flushed(stripe int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for i := range crashBlocks {
+		if !l.lost {
+			l.blocks[stripe*crashBlocks+i].settled()
+		}
+	}
+}
+
+// lose says that the owner goes without having written all: of an image with
+// tables, what was written since the last flush may be gone too.
+func (l *crashLoad) lose() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lost = true
 }
 
 // crashFront is the load at one exporter.
@@ -194,42 +227,52 @@ func (f *crashFront) write(c *client.Conn, stripe int) {
 	b := make([]byte, crashBlock)
 	for n := 0; f.turn(func() error {
 		block := stripe*crashBlocks + n%crashBlocks
-		k := &l.blocks[block]
-		id := l.ids.Add(1)
-		fillCrashBlock(b, block, id)
-		k.begun.Add(1)
-		_, err := c.WriteAt(b, int64(block)*crashBlock, false)
-		k.ended.Add(1)
-		l.mu.Lock()
-		var answer *client.Error
-		switch {
-		case err == nil:
-			k.acked, k.unknown = id, nil
-		case errors.As(err, &answer) && (answer.Errno == syscall.EPERM || answer.Errno == syscall.ESHUTDOWN):
-			if k.refused == nil {
-				k.refused = map[uint64]bool{}
-			}
-			k.refused[id] = true
-		default:
-			k.unknown = append(k.unknown, id)
-		}
-		l.mu.Unlock()
+		err := l.write(c, b, block, int64(block)*crashBlock)
 		if err == nil {
 			f.acked.Add(1)
 		}
 		if err := f.lost("WRITE", err); err != nil || n%crashFlush != crashFlush-1 {
 			return err
 		}
-		return f.lost("FLUSH", c.Flush())
+		if err = c.Flush(); err == nil {
+			l.flushed(stripe)
+		}
+		return f.lost("FLUSH", err)
 	}); n++ {
 	}
+}
+
+// write writes a block, for which b is room, at off, and notes what became of it.
+func (l *crashLoad) write(c *client.Conn, b []byte, block int, off int64) error {
+	k := &l.blocks[block]
+	id := l.ids.Add(1)
+	fillCrashBlock(b, block, id)
+	k.begun.Add(1)
+	_, err := c.WriteAt(b, off, false)
+	k.ended.Add(1)
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var answer *client.Error
+	switch {
+	case err == nil:
+		k.acked, k.unknown = id, nil
+		k.since = append(k.since, id)
+	case errors.As(err, &answer) && (answer.Errno == syscall.EPERM || answer.Errno == syscall.ESHUTDOWN):
+		if k.refused == nil {
+			k.refused = map[uint64]bool{}
+		}
+		k.refused[id] = true
+	default:
+		k.unknown = append(k.unknown, id)
+	}
+	return err
 }
 
 func (f *crashFront) read(c *client.Conn) {
 	l := f.l
 	b := make([]byte, crashBlock)
 	for f.turn(func() error {
-		block := rand.IntN(len(l.blocks))
+		block := rand.IntN(crashStripes * crashBlocks)
 		k := &l.blocks[block]
 		before := k.ended.Load()
 		_, err := c.ReadAt(b, int64(block)*crashBlock)
@@ -258,15 +301,7 @@ func (f *crashFront) wait(writes int64) {
 func (l *crashLoad) check(when string) {
 	l.t.Helper()
 	defer l.pause()()
-	file, err := os.Open(l.image)
-	if err != nil {
-		l.t.Fatal(err)
-	}
-	defer file.Close()
-	content := make([]byte, len(l.blocks)*crashBlock)
-	if _, err := io.ReadFull(file, content); err != nil {
-		l.t.Fatal(err)
-	}
+	content := l.content()
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for i := range l.blocks {
@@ -274,13 +309,19 @@ func (l *crashLoad) check(when string) {
 		id := crashBlockID(content[i*crashBlock:(i+1)*crashBlock], i)
 		switch {
 		case id == k.acked || slices.Contains(k.unknown, id):
+		case l.lost && (id == k.durable || slices.Contains(k.since, id)):
 		case id == torn && len(k.unknown) > 0:
 		case k.refused[id]:
 			l.t.Errorf("%s: block %d holds write %d, which was refused", when, i, id)
 		default:
 			l.t.Errorf("%s: block %d holds %d instead of write %d, which was acknowledged, or %v", when, i, id, k.acked, k.unknown)
 		}
+		if l.lost && id != torn {
+			k.acked = id
+			k.settled()
+		}
 	}
+	l.lost = false
 	for what := range l.odd {
 		l.t.Errorf("%s: %s", when, what)
 	}

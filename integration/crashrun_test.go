@@ -34,6 +34,8 @@ type crashRun struct {
 	sides []*crashSide // A, B, and C if there has to be one
 	load  *crashLoad
 	left  os.FileInfo // the image as A left it, if B activates
+	held  chan error  // receives what becomes of a write that fresh holds; nil for none
+	leaks bool        // an owner has not written all
 }
 
 func (r *crashRun) stat() os.FileInfo {
@@ -48,7 +50,7 @@ func (r *crashRun) stat() os.FileInfo {
 func (r *crashRun) start(inactive bool) *crashSide {
 	r.t.Helper()
 	h, prepare := newHooks(r.t)
-	flags := slices.Clone(r.flags)
+	flags := slices.Concat(crashFlags(r.cell.scene.format), r.flags)
 	if inactive {
 		flags = append(flags, "--inactive")
 	}
@@ -154,11 +156,13 @@ func (r *crashRun) owner() (owner *crashSide) {
 			r.t.Errorf("%s is %s", s.name, state)
 		}
 	}
-	// The locks of one that was killed end with the I/O it had submitted.
-	got := fileLocks(r.t, r.image)
+	// The locks of one that was killed end with the I/O it had submitted. Where an
+	// owner has a second description, for a tail that fills no block, it holds all.
+	locked := func() []int { return slices.Compact(fileLocks(r.t, r.image)) }
+	got := locked()
 	for try := 0; try < 50 && !slices.Equal(got, want); try++ {
 		time.Sleep(time.Millisecond)
-		got = fileLocks(r.t, r.image)
+		got = locked()
 	}
 	if !slices.Equal(got, want) {
 		r.t.Errorf("locked bytes of the image: %v, want %v", got, want)
@@ -184,8 +188,8 @@ func (r *crashRun) record() (rec crashRecord) {
 // run has the accident happen and returns the cell of the table.
 func (r *crashRun) run() string {
 	t, c := r.t, r.cell
-	r.image = sparseImage(t, r.dir, crashStripes*crashBlocks*crashBlock)
-	r.load = newCrashLoad(t, r.image)
+	r.image = crashImage(t, r.dir, c.scene.format)
+	r.load = newCrashLoad(t, r.content)
 	a := r.start(false)
 	// B may come only when A has the image: it is the first to own it.
 	a.daemon.ready()
@@ -198,9 +202,13 @@ func (r *crashRun) run() string {
 	switch c.scene.name {
 	case "activate", "take-back":
 		r.must(a, false)
+		r.load.settled()
 		r.left = r.stat()
+		if c.scene.format != "" && c.scene.name == "activate" {
+			makeDirty(t, r.image)
+		}
 	case "abandon":
-		a.hooks.holdAt("settle")
+		a.hooks.holdAt(crashSync(c.scene.format))
 		failed := make(chan error, 1)
 		go func() { failed <- a.order(false) }()
 		a.hooks.wait()
@@ -210,15 +218,33 @@ func (r *crashRun) run() string {
 		if err := <-failed; err == nil {
 			t.Fatal("A inactivated without a sync")
 		}
+		r.lose()
 	}
-	if c.step == "drain" {
+	resume := func() {}
+	switch {
+	case c.scene.format != "" && (c.scene.name == "inactivate" && c.step != "sync-ahead" || c.scene.name == "stop"):
+		resume = r.fresh(a, true)
+	case c.step == "drain":
 		// There is to be something to wait for.
 		a.hooks.stall("try-write", "write")
 	}
-	actor.hooks.holdAt(c.step)
 	done := make(chan error, 1)
-	go func() { done <- r.give(actor) }()
+	give := func() { done <- r.give(actor) }
+	if drain := r.drains(); r.held != nil && c.scene.at(c.step) > c.scene.at(drain) {
+		actor.hooks.holdAt(drain)
+		go give()
+		actor.hooks.wait()
+		resume() // the gate is closed
+		resume = func() {}
+		actor.hooks.holdAt(c.step)
+		actor.hooks.goOn()
+		r.letGo(actor)
+	} else {
+		actor.hooks.holdAt(c.step)
+		go give()
+	}
 	actor.hooks.wait()
+	resume()
 	r.owner()
 	if c.step == "retire" {
 		// What it writes is seen by who looks at the image's times.
@@ -231,6 +257,15 @@ func (r *crashRun) run() string {
 	got := r.judge(want)
 	r.goesOn(want)
 	return got
+}
+
+// drains is the step of the scene in which writes that are under way are waited
+// for.
+func (r *crashRun) drains() string {
+	if r.cell.scene.name == "stop" {
+		return "stop"
+	}
+	return "drain"
 }
 
 // give orders what the scene is about, and waits for it.
@@ -267,6 +302,7 @@ func (r *crashRun) happen(actor *crashSide, want crashEnd, done chan error) {
 			}
 			actor.hooks.resume()
 		}
+		r.letGo(actor)
 		err := <-done
 		switch {
 		case c.kind == ended && victim == actor: // nobody may be left to answer
@@ -275,10 +311,15 @@ func (r *crashRun) happen(actor *crashSide, want crashEnd, done chan error) {
 			t.Errorf("%s: %s is done, and must fail", actor.name, c.scene.name)
 		case !want.refused && err != nil:
 			t.Errorf("%s: %s: %v", actor.name, c.scene.name, err)
+		case err == nil && c.scene.name == "inactivate":
+			r.load.settled()
 		}
 	}
 	switch c.kind {
 	case killed:
+		if r.owner() == victim {
+			r.lose()
+		}
 		victim.kill()
 		victim.end = "killed"
 		if victim == actor {
@@ -333,6 +374,13 @@ func (r *crashRun) happen(actor *crashSide, want crashEnd, done chan error) {
 			actor.load.allow(c.errno)
 		case poisons, blind:
 			actor.load.allow(syscall.EIO, c.errno)
+		case refuses, untidy:
+			if c.scene.format != "" {
+				actor.load.allow(syscall.EIO, c.errno) // who reads or flushes may meet it too
+			}
+		}
+		if c.scene.format != "" && c.step == "sync-ahead" {
+			defer r.fresh(actor, false)()
 		}
 		for _, call := range calls {
 			actor.hooks.fail(call, c.errno)
@@ -344,12 +392,18 @@ func (r *crashRun) happen(actor *crashSide, want crashEnd, done chan error) {
 		if effect != told {
 			actor.hooks.waitFailed(calls...)
 		}
+		for _, call := range calls {
+			actor.hooks.fail(call, 0)
+		}
 	}
 	if c.scene.name == "stop" && actor.end == "" {
 		if code := actor.process.wait(startTimeout); code != want.status {
 			t.Errorf("%s: exit status %d, want %d\n%s", actor.name, code, want.status, actor.log)
 		}
 		actor.end = "exited"
+		if want.status != 0 {
+			r.lose()
+		}
 	}
 }
 
@@ -392,6 +446,7 @@ func (r *crashRun) judge(want crashEnd) string {
 		note = " (no record)"
 	}
 	r.load.check("after the accident")
+	r.checkTables("after the accident")
 	if want.status != 0 {
 		a = fmt.Sprintf("%s(%d)", a, want.status)
 	}
@@ -407,15 +462,18 @@ func (r *crashRun) goesOn(want crashEnd) {
 		r.refused(r.side("B"), true, " lock")
 		r.refused(owner, false, "failed(io)")
 		r.takesNoWrites(owner)
+		r.lose()
 		r.must(owner, false, "x-abandon")
 	} else if owner != nil {
 		owner.load.wait(3)
 		r.must(owner, false)
+		r.load.settled()
 	}
 	if r.owner() != nil {
 		t.Fatal("the image is still owned")
 	}
 	r.load.check("after the first owner")
+	r.checkTables("after the first owner")
 
 	before := r.record()
 	if want.next == "C" {
@@ -440,6 +498,7 @@ func (r *crashRun) goesOn(want crashEnd) {
 	}
 	r.load.check("while " + next.name + " is the next owner")
 	r.must(next, false)
+	r.load.settled()
 	if rec := r.record(); rec.PID != next.pid || rec.Epoch != before.Epoch+1 || !rec.Clean {
 		t.Errorf("owner record of %s, which has let go: %+v", next.name, rec)
 	}
@@ -452,6 +511,7 @@ func (r *crashRun) goesOn(want crashEnd) {
 		}
 	}
 	r.load.check("at the end")
+	r.checkTables("at the end")
 }
 
 // takesNoWrites requires what a failed image owes a client.

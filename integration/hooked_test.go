@@ -39,6 +39,7 @@ type hooks struct {
 	held     chan string   // the step that is held
 	failed   chan string   // calls that have been made to fail
 	stalled  chan string   // calls that wait
+	armed    chan string   // calls of which the next will wait
 	left     chan struct{} // receives when an exporter is gone
 
 	mu    sync.Mutex
@@ -56,7 +57,7 @@ func newHooks(t testing.TB) (*hooks, func(*exec.Cmd)) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { l.Close() })
-	h := &hooks{t: t, listener: l, held: make(chan string, 1), failed: make(chan string, 64), stalled: make(chan string, 64), left: make(chan struct{}, 16), calls: map[string][]string{}}
+	h := &hooks{t: t, listener: l, held: make(chan string, 1), failed: make(chan string, 64), stalled: make(chan string, 64), armed: make(chan string, 1), left: make(chan struct{}, 16), calls: map[string][]string{}}
 	go h.serve()
 	program := hookedProgram(t)
 	return h, func(cmd *exec.Cmd) {
@@ -85,8 +86,8 @@ func (h *hooks) follow(d *json.Decoder) {
 	step := ""
 	for {
 		var m struct {
-			Step, Call      string
-			Failed, Stalled bool
+			Step, Call             string
+			Failed, Stalled, Armed bool
 		}
 		if d.Decode(&m) != nil {
 			return
@@ -104,6 +105,10 @@ func (h *hooks) follow(d *json.Decoder) {
 			} else {
 				h.goOn()
 			}
+			continue
+		}
+		if m.Armed {
+			h.armed <- m.Call
 			continue
 		}
 		h.mu.Lock()
@@ -140,7 +145,8 @@ func (h *hooks) wait() {
 // goOn lets the step go on.
 func (h *hooks) goOn() { h.send(map[string]any{"go": true}) }
 
-// fail makes calls of this kind fail until the next step.
+// fail makes calls of this kind fail until the next step, or with errno 0 until
+// now.
 func (h *hooks) fail(call string, errno syscall.Errno) {
 	h.send(map[string]any{"fail": call, "errno": int(errno)})
 }
@@ -167,10 +173,27 @@ func (h *hooks) stall(calls ...string) {
 	for _, call := range calls {
 		h.send(map[string]any{"stall": call})
 	}
+	h.waitStalled()
+}
+
+// stallNext has the next call of this kind wait.
+func (h *hooks) stallNext(call string) {
+	h.t.Helper()
+	h.send(map[string]any{"stall": call, "times": 1})
+	select {
+	case <-h.armed:
+	case <-time.After(startTimeout):
+		h.t.Fatal("the exporter does not obey")
+	}
+}
+
+// waitStalled waits until a call waits.
+func (h *hooks) waitStalled() {
+	h.t.Helper()
 	select {
 	case <-h.stalled:
 	case <-time.After(startTimeout):
-		h.t.Fatalf("none of %v has been called", calls)
+		h.t.Fatal("no call to be stalled")
 	}
 }
 
