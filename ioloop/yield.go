@@ -20,7 +20,9 @@ import (
 //
 // Four connections that write without a pause and a reader at depth 1, tmpfs, two
 // cores, three runs before and after: 397k, 368k, 428k writes/s and 429k, 434k,
-// 375k; the longest read took 15 to 78 ms and 1.6 to 11.
+// 375k; the longest read took 15 to 78 ms and 1.6 to 11. With turns of 50, 100 and
+// 200 us p99.9 of the reads was 4.4 to 5.3 ms, 1.2 to 2.3 and 0.8 to 0.9, and
+// writes/s 448k to 463k, 464k to 486k and 444k to 493k.
 const turnLength = 200 * time.Microsecond
 
 // turns is when a connection gives way. It belongs to the receiving goroutine.
