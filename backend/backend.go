@@ -39,6 +39,11 @@ type Extent struct {
 	// Not where activation drops the page cache: pages in a socket stay in it,
 	// and may be older than what another host has written since.
 	Fixed bool
+	// Fresh: of a write, of a place that was taken for it, where there is no page
+	// of the file yet. To receive into a map of it (File.Place) would fault and
+	// clear one first: 4 KiB writes to an empty qcow2 image on tmpfs were 187k to
+	// 206k/s, and 196k to 225k when these are written, six runs by turns.
+	Fresh bool
 }
 
 // Plan is one request's mapping and the pins it holds. The zero value is

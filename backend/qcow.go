@@ -279,6 +279,11 @@ func (q *qcow) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 		return wrap(err)
 	}
 	fill(p, d)
+	if d.Fresh() {
+		for i := range p.Extents {
+			p.Extents[i].Fresh = true
+		}
+	}
 	return nil
 }
 

@@ -376,6 +376,24 @@ func TestQcowFenced(t *testing.T) {
 	checkLeaks(t, path)
 }
 
+// Fresh is what a write finds a new cluster for, and no write after that.
+func TestQcowFresh(t *testing.T) {
+	o := openImage(t, Options{Path: makeQcow(t, t.TempDir(), "8M"), Format: "qcow2"}, nil)
+	must(t, activate(o, false))
+	b := pattern(4096, 1)
+	must(t, write(o, 4<<20, b, false)) // makes the table
+	var p Plan
+	for i, want := range []bool{true, false, false} {
+		must(t, o.Prepare(&p, 1<<20+int64(i)*4096, b, MayBlock))
+		if got := p.Extents[0].Fresh; len(p.Extents) != 1 || got != want {
+			t.Errorf("write %d: %+v", i, p.Extents)
+		}
+		must(t, p.Extents[0].File.WriteAt(b, p.Extents[0].Offset, false))
+		_, err := o.Commit(&p)
+		must(t, err)
+	}
+}
+
 // What is written to an image in memory has its place there also where the file
 // was not as long when it was taken, and what is in pieces is not received.
 func TestQcowPlaceInWhatGrew(t *testing.T) {

@@ -216,6 +216,7 @@ type hooked struct {
 	// mapped: it has tables that a Commit leaves dirty. It does not change
 	// while the image is used.
 	mapped bool
+	fresh  bool // what is prepared is said to be
 }
 
 func (h *hooked) Info() backend.Info {
@@ -256,7 +257,11 @@ func (h *hooked) Prepare(p *backend.Plan, off int64, payload []byte, mode backen
 			return err
 		}
 	}
-	return h.Image.Prepare(p, off, payload, mode)
+	err := h.Image.Prepare(p, off, payload, mode)
+	for i := range p.Extents {
+		p.Extents[i].Fresh = h.fresh
+	}
+	return err
 }
 
 func (h *hooked) PrepareUnseen(p *backend.Plan, off, n int64) error {

@@ -92,7 +92,8 @@ func (c *conn) putOff(r *Request, payload []byte) bool {
 
 func (w *putOff) endsAt(off int64) bool { return w.req.Offset+w.req.Length == off }
 
-// prepareOff prepares w for r. The place is nil where the file has none.
+// prepareOff prepares w for r. The place is nil where the file has none that is
+// worth it.
 func (c *conn) prepareOff(w *putOff, r *Request, payload []byte) (place []byte, ok bool) {
 	img := c.disk.Image
 	if checkRange(img, r) != nil || img.Prepare(&w.plan, r.Offset, payload, 0) != nil {
@@ -101,7 +102,10 @@ func (c *conn) prepareOff(w *putOff, r *Request, payload []byte) (place []byte, 
 	if len(w.plan.Extents) == 1 {
 		e := &w.plan.Extents[0]
 		if e.File.InlineWrite(e.Offset, len(payload)) && (!c.durable(r) || e.File.Traits().Tmpfs && !img.Info().Mapped) {
-			return e.File.Place(e.Offset, e.Length), true
+			if !e.Fresh {
+				place = e.File.Place(e.Offset, e.Length)
+			}
+			return place, true
 		}
 	}
 	img.Abort(&w.plan)

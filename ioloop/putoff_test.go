@@ -183,6 +183,28 @@ func TestReceivedInPlace(t *testing.T) {
 	}
 }
 
+// What would find no page of the file there is written.
+func TestFreshIsNotReceivedInPlace(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true, size: 4 << 20})
+	d := r.drive(socketpair)
+	for seed := range uint64(3) {
+		r.img.fresh = seed == 1
+		first, _ := d.batch(2*seed, 4096, 0) // shows whether it pays
+		wantAll(t, first, 0)
+		d.spy.placed = 0
+		answers, payload := d.batch(2*seed+1, 4096, 8192, 1<<20)
+		wantAll(t, answers, 0)
+		for _, off := range []int64{8192, 1 << 20} {
+			if !bytes.Equal(r.content()[off:off+4096], payload) {
+				t.Errorf("other bytes at %d", off)
+			}
+		}
+		if want := 2 * 4096; r.img.fresh && d.spy.placed != 0 || !r.img.fresh && d.spy.placed != want {
+			t.Errorf("fresh %v: %d bytes received in place", r.img.fresh, d.spy.placed)
+		}
+	}
+}
+
 // A full file system is told to the client, and what was written stays.
 func TestReceivedOnFullTmpfs(t *testing.T) {
 	for _, n := range []int64{4096, 256 << 10} {

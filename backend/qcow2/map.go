@@ -17,6 +17,10 @@ type Plan struct {
 	old      []Extent
 }
 
+// Fresh reports whether the plan is of a write to a cluster that changes its place
+// or what it reads as.
+func (p *Plan) Fresh() bool { return len(p.changes) > 0 }
+
 // recycleMax bounds what a plan that rests keeps of its memory, in extents.
 const recycleMax = 1024
 
