@@ -98,8 +98,14 @@ func newHostFile(path string) (*File, error) {
 		fd, err = unix.Open(path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o644)
 		return err
 	})
-	if err == unix.EEXIST {
+	switch err {
+	case nil:
+	case unix.EEXIST:
 		err = &refusal{"something is there already, and it is never overwritten; remove it first, or choose another name", unix.EEXIST}
+	case unix.ENOENT:
+		err = fmt.Errorf("%w; its directory has to exist", err)
+	case unix.EACCES, unix.EPERM, unix.EROFS:
+		err = fmt.Errorf("%w; choose a directory in which the user that runs nbd-export may write", err)
 	}
 	if err != nil {
 		return nil, &fs.PathError{Op: "create image", Path: path, Err: err}

@@ -122,6 +122,8 @@ func runBench(ctx context.Context, c bench.Config, out io.Writer, print func(io.
 	switch {
 	case ctx.Err() != nil && err != nil:
 		return errors.New("bench: interrupted")
+	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.ENOENT):
+		return fmt.Errorf("bench: %w; is a server listening there?", err)
 	case err != nil:
 		return fmt.Errorf("bench: %w", err)
 	}

@@ -198,7 +198,7 @@ func createOption(o *qcow2.CreateOptions, name, value string) (err error) {
 		if name == "encryption" || strings.HasPrefix(name, "encrypt.") {
 			return errors.New("nbd-export makes no encrypted images, and serves none; qemu-img does, and qemu-nbd")
 		}
-		err = errors.New("there is no such option; see nbd-export create -o help")
+		err = errors.New("there is no such option; -o help lists them")
 	}
 	return err
 }

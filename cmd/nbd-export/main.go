@@ -55,7 +55,7 @@ func run(root *cobra.Command, args []string) int {
 	if status, ok := errors.AsType[exitStatus](err); ok {
 		return int(status)
 	}
-	text := strings.ReplaceAll(strings.TrimSpace(err.Error()), "\n", "; ")
+	text := strings.ReplaceAll(strings.TrimSpace(inWords(err)), "\n", "; ")
 	// What fails before a verb runs is its flags or arguments.
 	_, usage := errors.AsType[usageError](err)
 	if usage || !ran {
@@ -67,6 +67,23 @@ func run(root *cobra.Command, args []string) int {
 	}
 	_, _ = fmt.Fprintf(root.ErrOrStderr(), "nbd-export: %s\n", text)
 	return 1
+}
+
+// inWords is the text of err, without what Go's functions say of a flag that is
+// no number, or no time.
+func inWords(err error) string {
+	text := err.Error()
+	if num, ok := errors.AsType[*strconv.NumError](err); ok {
+		word := "not a number"
+		if num.Err == strconv.ErrRange {
+			word = "too large or too small a number"
+		}
+		return strings.Replace(text, num.Error(), word, 1)
+	}
+	if before, _, ok := strings.Cut(text, " flag: time: "); ok {
+		return before + " flag: not a time such as 500ms, 10s or 2m"
+	}
+	return text
 }
 
 // newRootCommand assembles the verbs. signals is nil unless the verb is serve or
@@ -116,7 +133,22 @@ stay connected, by a signal or over the control socket.`,
 		newVersionCommand(),
 		newManCommand(),
 	)
+	root.InitDefaultCompletionCmd("completion") // as if it were called: it is made only then
+	for _, c := range root.Commands() {
+		if c.Name() == "completion" {
+			c.Args, c.RunE = anyShell, func(*cobra.Command, []string) error { return nil }
+		}
+	}
 	return root
+}
+
+// anyShell refuses what completion has not handed on to the verb of a shell.
+func anyShell(_ *cobra.Command, args []string) error {
+	const shells = "bash, fish, powershell or zsh"
+	if len(args) == 0 {
+		return errors.New("completion needs the name of a shell: " + shells)
+	}
+	return fmt.Errorf("completion is for %s, but got %q", shells, args[0])
 }
 
 // oneArg accepts exactly one argument, called what.
