@@ -27,7 +27,8 @@ type fakeServer struct {
 	description string
 }
 
-func (f *fakeServer) put(v ...any) {
+// wireBytes are values as they are sent.
+func wireBytes(v ...any) []byte {
 	var b []byte
 	for _, x := range v {
 		switch x := x.(type) {
@@ -45,24 +46,14 @@ func (f *fakeServer) put(v ...any) {
 			panic(fmt.Sprintf("%T", x))
 		}
 	}
-	_, _ = f.Write(b)
+	return b
 }
 
+func (f *fakeServer) put(v ...any) { _, _ = f.Write(wireBytes(v...)) }
+
 func (f *fakeServer) answer(option, typ uint32, data ...any) {
-	n := 0
-	for _, x := range data {
-		switch x := x.(type) {
-		case uint16:
-			n += 2
-		case uint32:
-			n += 4
-		case uint64:
-			n += 8
-		case string:
-			n += len(x)
-		}
-	}
-	f.put(append([]any{wire.MagicOptionReply, option, typ, uint32(n)}, data...)...)
+	b := wireBytes(data...)
+	f.put(wire.MagicOptionReply, option, typ, uint32(len(b)), b)
 }
 
 const fakeContext = uint32(7)
@@ -149,27 +140,8 @@ func (f *fakeServer) chunk(cookie uint64, flags, typ uint16, body ...any) {
 
 // chunk is a structured reply chunk.
 func chunk(cookie uint64, flags, typ uint16, body ...any) []byte {
-	var b []byte
-	for _, x := range body {
-		switch x := x.(type) {
-		case uint16:
-			b = binary.BigEndian.AppendUint16(b, x)
-		case uint32:
-			b = binary.BigEndian.AppendUint32(b, x)
-		case uint64:
-			b = binary.BigEndian.AppendUint64(b, x)
-		case string:
-			b = append(b, x...)
-		case []byte:
-			b = append(b, x...)
-		}
-	}
-	h := binary.BigEndian.AppendUint32(nil, wire.MagicStructuredReply)
-	h = binary.BigEndian.AppendUint16(h, flags)
-	h = binary.BigEndian.AppendUint16(h, typ)
-	h = binary.BigEndian.AppendUint64(h, cookie)
-	h = binary.BigEndian.AppendUint32(h, uint32(len(b)))
-	return append(h, b...)
+	b := wireBytes(body...)
+	return append(wireBytes(uint32(wire.MagicStructuredReply), flags, typ, cookie, uint32(len(b))), b...)
 }
 
 // startFake serves every connection with a copy of f: the handshake, then script

@@ -4,7 +4,6 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
-	"time"
 )
 
 // takeover are exporters of which each takes the image from the other when its
@@ -38,14 +37,9 @@ func TestMigrateByTakeover(t *testing.T) {
 	for _, f := range imageFormats {
 		t.Run(f.name, func(t *testing.T) {
 			t.Parallel()
-			s := newStory(t)
-			defer s.tellErrors()
-			tb := timings{}
-			defer tb.log(t)
-			end := time.Now().Add(migrateSoak(t))
-			for again := true; again; again = time.Now().Before(end) {
+			tellStory(t, func(s *story, tb timings) {
 				backAndForthByTakeover(s, f, t.TempDir(), 10, tb)
-			}
+			})
 		})
 	}
 }

@@ -83,16 +83,25 @@ func TestMigrateBackAndForth(t *testing.T) {
 			}
 			t.Run(f.name+" on "+place, func(t *testing.T) {
 				t.Parallel()
-				s := newStory(t)
-				defer s.tellErrors()
-				tb := timings{}
-				defer tb.log(t)
-				end := time.Now().Add(migrateSoak(t))
-				for again := true; again; again = time.Now().Before(end) {
+				tellStory(t, func(s *story, tb timings) {
 					backAndForth(s, f, places[place](t), [2]exporterKind{nbdExport, nbdExport}, 10, ordered, tb)
-				}
+				})
 			})
 		}
+	}
+}
+
+// tellStory has f run once, or again and again for as long as
+// NBD_EXPORT_SOAK says.
+func tellStory(t *testing.T, f func(s *story, tb timings)) {
+	t.Helper()
+	s := newStory(t)
+	defer s.tellErrors()
+	tb := timings{}
+	defer tb.log(t)
+	end := time.Now().Add(migrateSoak(t))
+	for again := true; again; again = time.Now().Before(end) {
+		f(s, tb)
 	}
 }
 
@@ -108,14 +117,9 @@ func TestMigrateWithQEMUStorageDaemon(t *testing.T) {
 		}
 		t.Run(kinds[0].name+" first", func(t *testing.T) {
 			t.Parallel()
-			s := newStory(t)
-			defer s.tellErrors()
-			tb := timings{}
-			defer tb.log(t)
-			end := time.Now().Add(migrateSoak(t))
-			for again := true; again; again = time.Now().Before(end) {
+			tellStory(t, func(s *story, tb timings) {
 				backAndForth(s, imageFormats[0], t.TempDir(), kinds, 4, ordered[:1], tb)
-			}
+			})
 		})
 	}
 }

@@ -102,10 +102,7 @@ anything wrong.`,
 // runBench runs the load until it ends or is interrupted, and prints what was
 // measured.
 func runBench(ctx context.Context, c bench.Config, out io.Writer, print func(io.Writer, *bench.Result) error) error {
-	if ctx == nil {
-		ctx = context.Background()
-	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := interruptible(ctx)
 	defer stop()
 	line := newStatusLine(os.Stderr)
 	if line != nil {
@@ -128,6 +125,14 @@ func runBench(ctx context.Context, c bench.Config, out io.Writer, print func(io.
 		return fmt.Errorf("bench: %w", err)
 	}
 	return nil
+}
+
+// interruptible is ctx, which may be nil, until the user ends the program.
+func interruptible(ctx context.Context) (context.Context, context.CancelFunc) {
+	if ctx == nil {
+		ctx = context.Background()
+	}
+	return signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
 }
 
 // statusLine is one line of a terminal that is written over and over.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -57,11 +56,7 @@ Exit status is 1 if anything was lost.`,
 }
 
 func runDemo(cmd *cobra.Command, c bench.DemoConfig) error {
-	ctx := cmd.Context()
-	if ctx == nil {
-		ctx = context.Background()
-	}
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM)
+	ctx, stop := interruptible(cmd.Context())
 	defer stop()
 	line := newStatusLine(os.Stderr)
 	if line != nil {
