@@ -345,7 +345,9 @@ assert told() == [1 << 20, 0]
 h.pwrite(b"x" * 65536, 0)
 assert told() == known
 `, program(t), e.control, image))
-	if n := strings.Count(e.log.String(), `bitmap "b" are told that all is dirty`); n != 1 {
+	const isTold = `bitmap "b" are told that all is dirty`
+	e.log.wait(t, 0, "clients are told of bitmap b", func(l string) bool { return strings.Contains(l, isTold) })
+	if n := strings.Count(e.log.String(), isTold); n != 1 {
 		t.Errorf("logged %d times:\n%s", n, e.log)
 	}
 }

@@ -90,6 +90,7 @@ func TestEngineForbidden(t *testing.T) {
 	if n := e.rings(); n != 0 {
 		t.Errorf("%d rings", n)
 	}
+	e.log.wait(t, 0, "the engine is portable", func(l string) bool { return strings.Contains(l, "portable engine") })
 	if log := e.log.String(); strings.Count(log, "portable engine") != 1 || !strings.Contains(log, "seccomp") {
 		t.Errorf("it does not say once why it is portable:\n%s", log)
 	}
