@@ -52,12 +52,14 @@ func runTrio(t *testing.T, dir string, d time.Duration, flags ...string) {
 	for ; d > 0 && !t.Failed(); d -= trioRound {
 		s.round(min(trioRound, d), s.orchestrate)
 	}
+	for extra := 0; extra < extraRounds && !s.did.enough() && !t.Failed(); extra++ {
+		s.round(trioRound, s.orchestrate)
+	}
 	t.Log(&s.did)
 	for _, a := range s.actions {
 		t.Logf("%4d times: %s", a.times, a.name)
 	}
-	did := &s.did
-	if did.acked.Load() < 100 || did.refused.Load() < 1 || did.reads.Load() < 50 || did.owners.Load() < 5 || did.samples.Load() < 5 {
+	if !s.did.enough() {
 		t.Error("too little happened to prove anything")
 	}
 }
@@ -121,6 +123,11 @@ type trio struct {
 // deeds count what happened.
 type deeds struct {
 	acked, refused, unknown, reads, mixed, samples, owners, killed, orders, ordersRefused, handovers, takeovers, rests atomic.Uint64
+}
+
+// enough happened to prove something.
+func (d *deeds) enough() bool {
+	return d.acked.Load() >= 100 && d.refused.Load() >= 1 && d.reads.Load() >= 50 && d.owners.Load() >= 5 && d.samples.Load() >= 5
 }
 
 func (d *deeds) String() string {
