@@ -225,7 +225,7 @@ func openError(path string, how openHow, err error) error {
 	hint := ""
 	switch {
 	case err == unix.ENOENT:
-		hint = "; an image has to exist, nbd-export create makes an empty one"
+		hint = "; an image has to exist, nbd-export create -f raw (or qcow2) makes an empty one"
 	case err == unix.EROFS || (err == unix.EACCES || err == unix.EPERM) && how.write:
 		hint = "; make it writable or serve it with --read-only"
 	case err == unix.EACCES:

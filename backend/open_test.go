@@ -31,7 +31,7 @@ func TestOpenRefuses(t *testing.T) {
 		err  unix.Errno
 		text string
 	}{
-		{Options{Path: filepath.Join(dir, "none")}, unix.ENOENT, "nbd-export create"},
+		{Options{Path: filepath.Join(dir, "none")}, unix.ENOENT, "nbd-export create -f raw"},
 		{Options{Path: dir}, unix.EISDIR, "directory"},
 		{Options{Path: raw + "/x"}, unix.ENOTDIR, ""},
 		{Options{Path: loop}, unix.ELOOP, ""},
