@@ -141,7 +141,7 @@ func several(t *testing.T, h *history, seed uint64) {
 				case 1:
 					err = h.flush()
 				default:
-					err = h.write(first, 1+rng.Int64N(2))
+					err = h.put(first, 1+rng.Int64N(2), rng.IntN(4) == 0)
 				}
 				if err != nil {
 					t.Error(err)

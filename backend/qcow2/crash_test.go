@@ -77,15 +77,32 @@ func (h *history) note(first, n int64, zeros bool) uint64 {
 	return number
 }
 
-func (h *history) write(first, n int64) error {
+func (h *history) write(first, n int64) error { return h.put(first, n, false) }
+
+// put is write, with fua so that it is durable when it returns.
+func (h *history) put(first, n int64, fua bool) error {
 	number := h.note(first, n, false)
 	var p []byte
 	for s := first; s < first+n; s++ {
 		p = append(p, sectorOf(number, s)...)
 	}
-	err := h.im.writeAt(p, first*512)
+	err := h.im.put(p, first*512, fua)
 	h.acknowledge(first, n)
+	if fua && err == nil {
+		h.durable(first, n)
+	}
 	return err
+}
+
+// durable notes that the latest change of sectors, which nobody else changes, is.
+func (h *history) durable(first, n int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for s := first; s < first+n; s++ {
+		if w := &h.sectors[s][len(h.sectors[s])-1]; w.durable < 0 {
+			w.durable = h.events()
+		}
+	}
 }
 
 // acknowledge notes that the latest change of sectors was answered. Nobody else
@@ -269,8 +286,10 @@ func TestCrashStates(t *testing.T) {
 					}
 					var err error
 					switch rng.IntN(8) {
-					case 0, 1, 2, 3:
+					case 0, 1, 2:
 						err = h.write(first, n)
+					case 3:
+						err = h.put(first, n, true)
 					case 4:
 						err = h.zero(first, n, rng.IntN(2) == 0)
 					case 5:
@@ -341,7 +360,7 @@ func TestCrashStatesOfManyWriters(t *testing.T) {
 						case 1, 2:
 							err = h.flush()
 						default:
-							err = h.write(first, 1+rng.Int64N(2))
+							err = h.put(first, 1+rng.Int64N(2), rng.IntN(3) == 0)
 						}
 						if err != nil {
 							t.Error(err)

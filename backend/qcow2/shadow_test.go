@@ -95,7 +95,10 @@ func (im *Image) readAt(p []byte, off int64) error {
 }
 
 // writeAt writes through Prepare and Commit.
-func (im *Image) writeAt(p []byte, off int64) error {
+func (im *Image) writeAt(p []byte, off int64) error { return im.put(p, off, false) }
+
+// put is writeAt, with fua so that the bytes survive power loss.
+func (im *Image) put(p []byte, off int64, fua bool) error {
 	var plan Plan
 	err := im.Prepare(&plan, off, int64(len(p)), 0)
 	if err == ErrWait {
@@ -106,13 +109,16 @@ func (im *Image) writeAt(p []byte, off int64) error {
 	}
 	for i := range plan.Extents {
 		e := &plan.Extents[i]
-		if err := e.File.WriteAt(p[:e.Length], e.Offset, false); err != nil {
+		if err := e.File.WriteAt(p[:e.Length], e.Offset, fua); err != nil {
 			im.Abort(&plan)
 			return err
 		}
 		p = p[e.Length:]
 	}
-	_, err = im.Commit(&plan)
+	durable, err := im.Commit(&plan)
+	if fua && !durable && err == nil {
+		err = im.Flush()
+	}
 	if len(p) > 0 {
 		return fmt.Errorf("%d bytes are not planned", len(p))
 	}

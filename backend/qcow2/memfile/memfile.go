@@ -26,10 +26,11 @@ const (
 
 // Event is a call that has succeeded.
 type Event struct {
-	Op     Op
-	Off, N int64 // Resize: N is the new length
-	Data   []byte
-	At     int64 // of File.Clock, if there is one
+	Op      Op
+	Off, N  int64 // Resize: N is the new length
+	Data    []byte
+	Durable bool  // a write that survives, whatever else does not
+	At      int64 // of File.Clock, if there is one
 }
 
 // File is a qcow2.File.
@@ -143,11 +144,22 @@ func (f *File) WriteAt(p []byte, off int64, durable bool) error {
 	if err := f.inside("write", off, int64(len(p))); err != nil {
 		return err
 	}
-	e := Event{Op: Write, Off: off, N: int64(len(p)), Data: append([]byte(nil), p...)}
-	if err := f.do("write", e, func() { copy(f.b[off:], p) }); err != nil || !durable {
+	if err := f.failed(); err != nil && durable {
 		return err
 	}
-	return f.Sync()
+	// What else there is to sync is not, as with RWF_DSYNC.
+	e := Event{Op: Write, Off: off, N: int64(len(p)), Data: append([]byte(nil), p...), Durable: durable}
+	return f.do("write", e, func() { copy(f.b[off:], p) })
+}
+
+// failed is the error of a sync that failed before.
+func (f *File) failed() error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.syncErr != nil {
+		return f.fail("sync", f.syncErr)
+	}
+	return nil
 }
 
 func (f *File) Resize(n int64) error {
@@ -187,11 +199,8 @@ func (f *File) ZeroAt(off, n int64) error {
 }
 
 func (f *File) Sync() error {
-	f.mu.Lock()
-	sticky := f.syncErr
-	f.mu.Unlock()
-	if sticky != nil {
-		return f.fail("sync", sticky)
+	if err := f.failed(); err != nil {
+		return err
 	}
 	err := f.do("sync", Event{Op: Sync}, func() {})
 	if err == nil && f.AfterSync != nil {
@@ -214,7 +223,7 @@ func Crash(from []byte, events []Event, n int, rng *rand.Rand) []byte {
 		}
 	}
 	for i, e := range events[:n] {
-		lucky := i < synced || rng == nil
+		lucky := i < synced || e.Durable || rng == nil
 		switch {
 		case e.Op == Sync:
 		case e.Op == Resize:
