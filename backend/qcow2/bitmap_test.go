@@ -412,66 +412,6 @@ func TestFailedMark(t *testing.T) {
 	}
 }
 
-// TestCrashStatesOfBitmaps: whatever a crash leaves, a bitmap that says it is
-// consistent tells of every change.
-func TestCrashStatesOfBitmaps(t *testing.T) {
-	for seed := range uint64(3) {
-		rng := rand.New(rand.NewPCG(seed, 12))
-		const size = 600 << 10
-		path := withBitmaps(t, size, 9, "cluster_size=512")
-		f := loaded(t, path)
-		f.Record()
-		im := begun(t, f, Options{})
-		m := newDirtyModel(9, size)
-		for range 4 {
-			changes(t, im, m, rng, 4)
-			if err := im.Settle(); err != nil {
-				t.Fatal(err)
-			}
-		}
-		im.Close()
-		from, events := f.Events()
-		was := readAll(t, opened(t, memfile.New("from", from), Options{}))
-		trusted, qemu := 0, 0
-		for n := range len(events) + 1 {
-			for try := range 4 {
-				chance := rng
-				if try == 0 {
-					chance = nil
-				}
-				b := memfile.Crash(from, events, n, chance)
-				state := memfile.New("crashed", b)
-				im := opened(t, state, Options{})
-				r, err := Check(state, im.h, nil)
-				if err != nil || r.Corruptions > 0 {
-					t.Fatalf("seed %d, after %d of %d events, the last %s: %v %v", seed, n, len(events), last(events[:n]), err, r.Findings)
-				}
-				if rng.IntN(len(events)) == 0 && qemu < 10 {
-					checked(t, b, false)
-					qemu++
-				}
-				infos, err := im.BitmapInfos()
-				if err != nil {
-					t.Fatal(err)
-				}
-				if infos[0].Inconsistent {
-					continue
-				}
-				trusted++
-				is := readAll(t, im)
-				for _, run := range runsOf(t, im, "on") {
-					if !run.Dirty && !bytes.Equal(is[run.Offset:][:run.Length], was[run.Offset:][:run.Length]) {
-						t.Fatalf("seed %d, after %d of %d events, the last %s: %v has changed", seed, n, len(events), last(events[:n]), run)
-					}
-				}
-			}
-		}
-		if trusted < 4 {
-			t.Errorf("seed %d: only %d states could be trusted", seed, trusted)
-		}
-	}
-}
-
 func TestMarksByManyAtOnce(t *testing.T) {
 	const size = 1 << 20
 	f := loaded(t, withBitmaps(t, size, 9, "cluster_size=4k"))

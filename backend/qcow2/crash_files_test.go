@@ -117,7 +117,7 @@ func TestCrashStatesOfSeveralFiles(t *testing.T) {
 						if try == 0 {
 							chance = nil
 						}
-						crashedAt(t, h, x.image, x.data, o, at, chance)
+						crashedAt(t, h, x.image, x.data, o, at, chance, nil)
 					}
 				}
 			}
@@ -153,8 +153,10 @@ func several(t *testing.T, h *history, seed uint64) {
 	wg.Wait()
 }
 
-// crashedAt judges what a crash after the moment at may leave.
-func crashedAt(t *testing.T, h *history, image, data *memfile.File, o Options, at int64, rng *rand.Rand) {
+// crashedAt judges what a crash after the moment at may leave. So does more, if it
+// is not nil, with what the disk holds then, and once again when the image has been
+// written.
+func crashedAt(t *testing.T, h *history, image, data *memfile.File, o Options, at int64, rng *rand.Rand, more func(im *Image, disk []byte) error) {
 	t.Helper()
 	left := func(f *memfile.File) *memfile.File {
 		from, events := f.Events()
@@ -181,6 +183,11 @@ func crashedAt(t *testing.T, h *history, image, data *memfile.File, o Options, a
 	if err := h.judge(disk, int(at)); err != nil {
 		t.Fatalf("at %d: %v", at, err)
 	}
+	if more != nil {
+		if err := more(im, disk); err != nil {
+			t.Fatalf("at %d: %v", at, err)
+		}
+	}
 	// And it goes on from there.
 	if at%7 != 0 {
 		return
@@ -203,5 +210,10 @@ func crashedAt(t *testing.T, h *history, image, data *memfile.File, o Options, a
 	}
 	if r, err := Check(state, hd, nil); err != nil || r.Corruptions > 0 {
 		t.Fatalf("at %d: begun again: %v %v", at, err, r.Findings)
+	}
+	if more != nil {
+		if err := more(opened(t, state, o), disk); err != nil {
+			t.Fatalf("at %d: begun again: %v", at, err)
+		}
 	}
 }
