@@ -2,11 +2,13 @@ package integration
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"os"
 	"os/exec"
 	"slices"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -161,4 +163,51 @@ func TestLocksSeeThroughLinks(t *testing.T) {
 			e.stop()
 		})
 	}
+}
+
+// While the path of an active image names something else, status and
+// query-named-block-nodes say where its bytes are.
+func TestLostPathIsTold(t *testing.T) {
+	image := randomImage(t, tmpfsDir(t), 1, mib)
+	e := serve(t, image)
+	q := e.qmp()
+	defer q.Close()
+	told := func() (lost string) {
+		t.Helper()
+		var s struct {
+			Images []struct {
+				PathLost string `json:"path-lost"`
+			}
+		}
+		var nodes []struct {
+			PathLost string `json:"x-path-lost"`
+		}
+		for cmd, into := range map[string]any{"x-query-status": &s, "query-named-block-nodes": &nodes} {
+			if err := json.Unmarshal(q.must(cmd, nil), into); err != nil {
+				t.Fatal(err)
+			}
+		}
+		lost = s.Images[0].PathLost
+		for _, n := range nodes {
+			if n.PathLost != lost {
+				return "" // between two looks
+			}
+		}
+		return lost
+	}
+	if lost := told(); lost != "" {
+		t.Errorf("an image in its place is said to be at %s", lost)
+	}
+	if err := os.Rename(image, image+".old"); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, startTimeout, "the path is lost", func() bool { return told() != "" })
+	sameBytes(t, "what is said to be the image", readFile(t, told()), randomBytes(1, mib))
+	if out := run(t, program(t), "status", "--control", e.control); !strings.Contains(out, "path lost    it names another file or none; copy the bytes from "+told()) {
+		t.Errorf("status:\n%s", out)
+	}
+	if err := os.Rename(image+".old", image); err != nil {
+		t.Fatal(err)
+	}
+	waitFor(t, startTimeout, "the path is right again", func() bool { return told() == "" })
 }
