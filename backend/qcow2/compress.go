@@ -18,12 +18,22 @@ func (im *Image) ReadCompressed(p *Plan, i int, skip int64, dst []byte) error {
 
 // readCompressed fills dst with the bytes of a compressed cluster from off.
 func (im *Image) readCompressed(entry uint64, off int64, dst []byte) error {
-	buf := clusters.get(im.g.ClusterSize())
-	defer clusters.put(buf)
-	if err := im.decompress(entry, *buf); err != nil {
-		return err
+	if int64(len(dst)) == im.g.ClusterSize() {
+		return im.decompress(entry, dst) // whoever reads so does not come again
 	}
-	copy(dst, (*buf)[off:])
+	c, mine := im.unpacked.get(entry, im.g.ClusterSize())
+	defer im.unpacked.leave(c)
+	if mine {
+		c.err = im.decompress(entry, *c.buf)
+		close(c.done)
+	} else {
+		<-c.done
+	}
+	if c.err != nil {
+		im.unpacked.forget(c)
+		return c.err
+	}
+	copy(dst, (*c.buf)[off:])
 	return nil
 }
 

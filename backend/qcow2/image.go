@@ -59,7 +59,8 @@ type Image struct {
 	flush  flusher
 	tables sync.Mutex // see cache for the order
 
-	bitmaps bitmaps
+	bitmaps  bitmaps
+	unpacked unpacked
 
 	// stepping: Begin or Settle is under way, beside which nothing changes
 	// tables. It is only looked at where Options.Step is set.
