@@ -46,22 +46,23 @@ type qcowCell struct {
 	kind  string
 	flush int64   // a FLUSH after so many writes of a connection; 0: none
 	goal  float64 // operations per second: of raw for a full image, of qemu-nbd otherwise
+	limit string  // in qcowLimits: what limits it if it misses its goal
 }
 
 var qcowCells = []qcowCell{
-	{cell{Medium: onTmpfs, RW: "randread", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onTmpfs, RW: "randread", BlockSize: 1 * m, Depth: 4, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 1 * m, Depth: 4, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, 0, 10},
-	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 8, Conns: 4}, isEmpty, 0, 10},
-	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isOverlay, 0, 3},
-	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, flushedAfter, 2},
-	{cell{Medium: onCached, RW: "randread", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onCached, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onCached, RW: "randread", BlockSize: 1 * m, Depth: 4, Conns: 1}, isFull, 0, 0.9},
-	{cell{Medium: onCached, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, 0, 10},
-	{cell{Medium: onCached, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, flushedAfter, 1},
+	{cell{Medium: onTmpfs, RW: "randread", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9, "mapped"},
+	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9, ""},
+	{cell{Medium: onTmpfs, RW: "randread", BlockSize: 1 * m, Depth: 4, Conns: 1}, isFull, 0, 0.9, "pages"},
+	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 1 * m, Depth: 4, Conns: 1}, isFull, 0, 0.9, ""},
+	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, 0, 10, "new"},
+	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 8, Conns: 4}, isEmpty, 0, 10, "new"},
+	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isOverlay, 0, 3, "copy"},
+	{cell{Medium: onTmpfs, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, flushedAfter, 2, ""},
+	{cell{Medium: onCached, RW: "randread", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9, "mapped"},
+	{cell{Medium: onCached, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isFull, 0, 0.9, ""},
+	{cell{Medium: onCached, RW: "randread", BlockSize: 1 * m, Depth: 4, Conns: 1}, isFull, 0, 0.9, "pages"},
+	{cell{Medium: onCached, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, 0, 10, "new"},
+	{cell{Medium: onCached, RW: "randwrite", BlockSize: 4 * k, Depth: 32, Conns: 1}, isEmpty, flushedAfter, 1, ""},
 }
 
 // Title is the cell's name; fs is the disk's file system.
@@ -260,6 +261,7 @@ func (rep *report) writeQcow2(s *strings.Builder) {
 		"it from which the rest of each cluster is copied: random writes to a quarter of the clusters at most, held\n" +
 		"against the better of qemu-nbd's modes. Operations per second, and in brackets the server's CPU in microseconds for each.\n\n" +
 		"| | nbd-export | raw | qemu-nbd, threads | qemu-nbd, io_uring | ratio | goal | |\n|---|--:|--:|--:|--:|--:|--:|---|\n")
+	var missed []string
 	for i, c := range qcowCells {
 		servers, v := rep.qcowVerdict(i)
 		if len(servers) == 0 {
@@ -275,8 +277,18 @@ func (rep *report) writeQcow2(s *strings.Builder) {
 			row = append(row, fmt.Sprintf("%s (%s)", count(f.ops.Median), micros(f.cpu.Median)))
 		}
 		fmt.Fprintf(s, "| %s | %s | %s |\n", strings.Join(row, " | "), v, mark(v))
+		if limit := qcowLimits[c.limit]; v.known() && !v.met() && !slices.Contains(missed, limit) {
+			missed = append(missed, limit)
+		}
 	}
 	s.WriteString("\n")
+	if len(missed) > 0 {
+		s.WriteString("What limits the misses:\n\n")
+		for _, limit := range missed {
+			fmt.Fprintf(s, "- %s\n", limit)
+		}
+		s.WriteString("\n")
+	}
 	for _, f := range rep.Qcow2 {
 		if f.Err != "" {
 			fmt.Fprintf(s, "- no figure of %s, %s, in round %d: %s\n", f.Server, qcowCells[f.Cell].Title(rep.Machine.DiskFS), f.Round+1, strings.ReplaceAll(f.Err, "\n", " "))
