@@ -28,7 +28,7 @@ import (
 //	 3. What cannot wait for a device runs at once, in this goroutine, and its
 //	    reply is appended to the reply buffer (inline.go), or sent from the page
 //	    cache (pages.go). Everything else becomes a task for the ring (uring.go)
-//	    or a worker (task.go), or is parked while the gate holds.
+//	    or a worker (taskrun.go), or is parked while the gate holds.
 //	    Writes that go better together are put off to the end of the batch, and
 //	    payloads whose place in the file is in memory are received there at once
 //	    (putoff.go).

@@ -1,0 +1,107 @@
+package ioloop
+
+import "github.com/nbd-export/nbd-export/backend"
+
+// conclude answers the request.
+func (t *task) conclude(err error) {
+	c, r := t.conn, &t.req
+	counts := &c.disk.counts
+	switch {
+	case err != nil:
+		var b batch
+		b.count(err)
+		b.addTo(counts)
+		t.sendHead(c.codec.AppendError(t.heads[:0], r, err))
+		return
+	case r.Op == OpRead:
+		counts.reads.Add(1)
+		counts.bytesRead.Add(uint64(r.Length))
+		t.unlink()
+		t.sendData()
+		c.ended()
+		return
+	case r.Op == OpWrite:
+		counts.writes.Add(1)
+		counts.bytesWritten.Add(uint64(r.Length))
+		c.noteDirty(r)
+	case r.Op == OpFlush:
+		counts.flushes.Add(1)
+	default:
+		counts.other.Add(1)
+		c.noteDirty(r)
+	}
+	if r.Op == OpStatus {
+		t.sendStatus()
+		return
+	}
+	t.sendHead(c.codec.AppendDone(t.heads[:0], r))
+}
+
+// findStatus gets what an OpStatus asks for, of all contexts before anything is
+// sent: an error is the whole reply.
+func (t *task) findStatus() (err error) {
+	img, codec, r := t.conn.disk.Image, t.conn.codec, &t.req
+	limit := codec.MaxStatus(r)
+	t.status, t.ends = t.status[:0], t.ends[:0]
+	for _, bitmap := range codec.Contexts() {
+		if bitmap == "" {
+			t.status, err = img.Status(t.status, r.Offset, r.Length, limit)
+		} else {
+			t.status, err = img.BitmapStatus(t.status, bitmap, r.Offset, r.Length, limit)
+		}
+		if err != nil {
+			return err
+		}
+		t.ends = append(t.ends, len(t.status))
+	}
+	return nil
+}
+
+func (t *task) sendStatus() {
+	head, from := t.heads[:0], 0
+	for i, end := range t.ends {
+		head = t.conn.codec.AppendStatus(head, &t.req, i, t.status[from:end], i == len(t.ends)-1)
+		from = end
+	}
+	t.sendHead(head)
+}
+
+// sendHead sends a reply without payload; the buffer is not needed any more.
+func (t *task) sendHead(head []byte) {
+	c := t.conn
+	t.heads = head
+	t.dropBuffer()
+	t.unlink()
+	c.out.enqueue(segment{head, t})
+	c.ended()
+}
+
+// sendData sends a read's reply: in one piece, or with its holes told apart.
+func (t *task) sendData() {
+	c, r := t.conn, &t.req
+	if !t.hasHoles() {
+		t.heads = c.codec.AppendData(t.heads[:0], r, 0, r.Length, true)
+		c.out.enqueue(segment{t.buf.framed(t.heads, r.Length), t})
+		return
+	}
+	t.lay(false)
+	t.segs[len(t.segs)-1].task = t
+	c.out.enqueue(t.segs...)
+}
+
+// maxChunks is the most pieces that a reply with holes has. One of more, as of
+// a fragmented image, is sent whole: a client has work with each.
+const maxChunks = 64
+
+// hasHoles reports whether the reply to a read tells its holes.
+func (t *task) hasHoles() bool {
+	if t.req.Length < findHolesAt || len(t.plan.Extents) > maxChunks || !t.conn.codec.Chunked(&t.req) {
+		return false
+	}
+	for i := range t.plan.Extents {
+		if t.plan.Extents[i].Kind == backend.Zero {
+			return true
+		}
+	}
+	return false
+}
