@@ -4,8 +4,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"runtime"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -21,12 +23,22 @@ func TestQcow2RandomRequests(t *testing.T) {
 	if os.Getenv("NBD_EXPORT_SOAK") != "" {
 		until = time.Now().Add(soakTime(t, 0))
 	}
-	for i := 0; i < runs || time.Now().Before(until); i++ {
-		k := qcow2Kinds[i%len(qcow2Kinds)]
-		if !t.Run(fmt.Sprint(i, " ", k.name), func(t *testing.T) { qcow2Random(t, k, seed, uint64(i)) }) {
-			return
-		}
+	// Half of a run is waiting, for programs that start and for the disk.
+	var next atomic.Int64
+	var wg sync.WaitGroup
+	for range 2 * runtime.NumCPU() {
+		wg.Go(func() {
+			for !t.Failed() {
+				i := int(next.Add(1) - 1)
+				if i >= runs && !time.Now().Before(until) {
+					return
+				}
+				k := qcow2Kinds[i%len(qcow2Kinds)]
+				t.Run(fmt.Sprint(i, " ", k.name), func(t *testing.T) { qcow2Random(t, k, seed, uint64(i)) })
+			}
+		})
 	}
+	wg.Wait()
 }
 
 func qcow2Random(t *testing.T, k qcow2Kind, seed, number uint64) {
