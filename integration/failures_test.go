@@ -80,6 +80,10 @@ func TestFailedSync(t *testing.T) {
 		return strings.Contains(l, "lost") || strings.Contains(l, "loss")
 	})
 	wantStatus(t, e, "inactive", 1)
+	// Told once, as after the sync that failed.
+	if rep := c.want(nbdEIO, cmdFlush, 0, 0, 0, nil); !strings.Contains(rep.text, "may be lost") {
+		t.Errorf("a flush after it was given up: %q", rep.text)
+	}
 	wantRefuses(t, c)
 	if held := processLocks(t, e.pid, device); len(held) != 0 {
 		t.Errorf("an abandoned image is still locked: %v", held)

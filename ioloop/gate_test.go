@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -343,6 +344,10 @@ func TestFailedFlush(t *testing.T) {
 	c.ok(OpStatus, 0, 0, 512, nil)
 	r.img.set(func(h *hooked) { h.flushing = nil })
 	must(t, state.Abandon(context.Background(), r.m))
+	if a := c.do(OpFlush, 0, 0, 0, nil); a.errno != unix.EIO || !strings.Contains(a.text, "may be lost") {
+		t.Errorf("given up: %+v", a)
+	}
+	c.ok(OpFlush, 0, 0, 0, nil) // it has been told
 }
 
 // Reads meet a stop: each is answered with its bytes or refused, and none

@@ -87,6 +87,8 @@ func (c *conn) refusal(v state.Verdict) error {
 		return state.ErrLost
 	case state.Late:
 		return state.ErrLate
+	case state.Dropped:
+		return state.ErrDropped
 	}
 	return c.lane.Refusal()
 }

@@ -3,6 +3,8 @@ package state
 import (
 	"errors"
 	"fmt"
+
+	"golang.org/x/sys/unix"
 )
 
 var (
@@ -28,6 +30,9 @@ var (
 	ErrLost = &HeldError{"the server has owned the image and given it away since this write came"}
 	ErrLate = &HeldError{"this connection wrote when the server owned the image before, so its writes do not take the image back; connect anew, or serve with --takeover-back"}
 )
+
+// ErrDropped refuses a FLUSH with the verdict of that name.
+var ErrDropped = fmt.Errorf("the image was given up before this flush, and what was written until then may be lost: %w", unix.EIO)
 
 // FailedError refuses a request on an image that has lost its footing.
 type FailedError struct {

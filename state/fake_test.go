@@ -535,7 +535,7 @@ func (r *rig) gates() string {
 }
 
 // ask writes a gate's answers to Mutate, Query and Flush as letters: Admitted,
-// Wait, Nothing, Refused, Hold.
+// Wait, Nothing, Refused, Hold, Lost, laTe, Dropped.
 func ask(l *Lane) string {
 	var s string
 	for _, c := range []Class{Mutate, Query, Flush} {
@@ -543,7 +543,7 @@ func ask(l *Lane) string {
 		if v == Admitted {
 			l.Leave()
 		}
-		s += string("AWNRH"[v])
+		s += string("AWNRHLTD"[v])
 	}
 	return s
 }

@@ -43,6 +43,9 @@ const (
 	// Late: to be held, but of a connection that wrote during an earlier
 	// ownership (Options.RefuseLate): answer with ErrLate.
 	Late
+	// Dropped: a FLUSH of what may be lost, since the image was given up without
+	// it: answer with ErrDropped. Each connection is told once.
+	Dropped
 )
 
 // mode is what the gate does at present; the machine sets it.
@@ -125,6 +128,7 @@ type Lane struct {
 	others  atomic.Int64
 	wrote   atomic.Uint64 // Arrival of the last write admitted, 0 for none
 	_       [64]byte
+	dropped atomic.Bool // its next FLUSH is Dropped
 	gate    *Gate
 	reopen  func()
 	oldest  func() (what string, since time.Time)
@@ -196,6 +200,10 @@ func (l *Lane) EnterAgain(c Class, since Arrival) (Verdict, Arrival) {
 	l.others.Add(1)
 	word := l.gate.word.Load()
 	v, now := verdicts[modeOf(word)][c], Arrival(word/oneLoss+1)
+	if c == Flush && (v == Admitted || v == Nothing) && l.dropped.Load() && l.dropped.CompareAndSwap(true, false) {
+		l.leave(&l.others)
+		return Dropped, now
+	}
 	if v == Admitted && since == 0 && (c != Mutate || Arrival(l.wrote.Load()) == now) {
 		return v, now
 	}
@@ -310,6 +318,16 @@ func (g *Gate) lose() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.word.Add(oneLoss)
+}
+
+// drop has the next FLUSH of each connection told that it comes too late for what
+// was written before. The mode lets none in.
+func (g *Gate) drop() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for l := range g.mu.lanes {
+		l.dropped.Store(true)
+	}
 }
 
 // drain waits until no request but reads is admitted; the mode admits none.

@@ -165,7 +165,8 @@ func (op *operation) release() {
 }
 
 // Abandon gives up failed images: caches are dropped, locks released, and
-// what was not durable may be lost. Inactive images stay as they are. An error
+// what was not durable may be lost, which each client hears of by its next FLUSH.
+// Inactive images stay as they are. An error
 // says what went wrong; the images are given up all the same.
 func Abandon(ctx context.Context, ms ...*Machine) error {
 	op, err := begin(ctx, OrderAbandon, StepAbandon, ms)
@@ -190,6 +191,7 @@ func (m *Machine) letGo() error {
 	if !m.owned {
 		return nil
 	}
+	m.gate.drop()
 	err := m.img.Abandon()
 	m.img.PublishInactive()
 	m.endWatch()

@@ -262,7 +262,7 @@ func TestFenceMeetsOtherEnds(t *testing.T) {
 		})
 		noError(t, r.abandon())
 		synctest.Wait()
-		check(t, "end", r.states()+" "+r.gates(), "inactive RRN")
+		check(t, "end", r.states()+" "+r.gates(), "inactive RRD")
 	})
 }
 
@@ -799,7 +799,7 @@ func TestParkedRequestsAreWoken(t *testing.T) {
 		{"inactivated", StepDrain, Active, func(r *rig) error { return r.inactivate() }, "RRN"},
 		{"not inactivated", StepDrain, Active, func(r *rig) error { r.imgs[0].failNext("Settle", errIO); _ = r.inactivate(); return nil }, "AAA"},
 		{"failed", StepDrain, Active, func(r *rig) error { r.imgs[0].failNext("Settle", errSync); _ = r.inactivate(); return nil }, "RAR"},
-		{"abandoned", StepAbandon, FailedIO, func(r *rig) error { return r.abandon() }, "RRN"},
+		{"abandoned", StepAbandon, FailedIO, func(r *rig) error { return r.abandon() }, "RRD"},
 		{"stopped", StepDrain, Active, func(r *rig) error {
 			return errors.Join(r.inactivate(), Stop(r.ms...))
 		}, "RRR"},
@@ -838,4 +838,28 @@ func TestErrorTexts(t *testing.T) {
 	if !slices.Equal(distinct([]*Machine{nil, nil}), []*Machine{nil}) {
 		t.Error("distinct")
 	}
+}
+
+// What was written before an image was given up may be lost. Each connection that
+// was there hears of it by its next FLUSH, once, also if that comes when the image
+// is owned again; one that comes later hears of nothing.
+func TestGivenUpIsToldByFlush(t *testing.T) {
+	bubble(t, Options{}, []string{"a"}, func(t *testing.T, r *rig) {
+		old := []*Lane{r.lanes[0], r.ms[0].Lane(nil, nil), r.ms[0].Lane(nil, nil)}
+		defer old[1].Close()
+		defer old[2].Close()
+		noError(t, r.activate())
+		old[0].Fault(errSync)
+		if v := old[0].Enter(Flush); v != Refused { // told, but not of what follows
+			t.Errorf("failed: %v", v)
+		}
+		noError(t, r.abandon())
+		late := r.ms[0].Lane(nil, nil)
+		defer late.Close()
+		check(t, "given up", ask(old[0])+" "+ask(old[0])+" "+ask(late), "RRD RRN RRN")
+		noError(t, r.activate())
+		check(t, "owned again", ask(old[1])+" "+ask(old[1])+" "+ask(late), "AAD AAA AAA")
+		noError(t, r.inactivate())
+		check(t, "inactive again", ask(old[2])+" "+ask(old[2]), "RRD RRN")
+	})
 }

@@ -78,13 +78,17 @@ func (c stepCase) run(t *testing.T, from State, order func(ms ...*Machine) error
 
 	// Whatever happened, it can be got out of, and tried again.
 	ctx := t.Context()
-	for _, m := range r.ms {
+	gates := strings.Fields(r.gates()) // who was told already is not told again
+	for i, m := range r.ms {
+		gates[i] = "AAA"
 		if s := m.Status().State; s == FailedIO || s == FailedFenced {
 			noError(t, Abandon(ctx, m))
+			gates[i] = "AAD"
 		}
 	}
 	noError(t, Activate(ctx, ActivateOptions{}, r.ms...))
-	check(t, "gates after a new activation", r.gates(), "AAA AAA AAA")
+	check(t, "gates after a new activation", r.gates(), strings.Join(gates, " "))
+	check(t, "gates asked again", r.gates(), "AAA AAA AAA")
 	noError(t, Inactivate(ctx, r.ms...))
 	check(t, "gates after a new inactivation", r.gates(), "RRN RRN RRN")
 	noError(t, Stop(r.ms...))
@@ -211,16 +215,16 @@ func TestAbandonSteps(t *testing.T) {
 		return func(ms ...*Machine) error { return Abandon(t.Context(), ms...) }
 	}
 	for _, c := range []stepCase{
-		{"", "ok", all, "inactive inactive inactive", "RRN RRN RRN", "a:abandon b:abandon"},
+		{"", "ok", all, "inactive inactive inactive", "RRD RRD RRN", "a:abandon b:abandon"},
 		{"a.Abandon=io", "image a was given up, but not in order: no space left on device",
-			all, "inactive inactive inactive", "RRN RRN RRN", "a:abandon! b:abandon"},
+			all, "inactive inactive inactive", "RRD RRD RRN", "a:abandon! b:abandon"},
 		{"b.Release=io", "image b was given up, but not in order: no space left on device",
-			all, "inactive inactive inactive", "RRN RRN RRN", "a:abandon b:abandon!"},
+			all, "inactive inactive inactive", "RRD RRD RRN", "a:abandon b:abandon!"},
 	} {
 		t.Run(c.fail, func(t *testing.T) { c.run(t, FailedIO, abandon(t)) })
 	}
 	t.Run("fenced", func(t *testing.T) { // let go when they were fenced
-		stepCase{"", "ok", "", "inactive inactive inactive", "RRN RRN RRN", "a:abandon b:abandon"}.
+		stepCase{"", "ok", "", "inactive inactive inactive", "RRD RRD RRN", "a:abandon b:abandon"}.
 			run(t, FailedFenced, abandon(t))
 	})
 }
