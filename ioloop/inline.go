@@ -40,9 +40,7 @@ func (c *conn) read(r *Request) error {
 	if len(c.gaps) == maxGaps {
 		c.flush()
 	}
-	if !c.readAhead(r, false) {
-		return errGone
-	}
+	c.readAhead(r, false)
 	dst := c.space(MaxHeader + int(r.Length))
 	n, err := c.tryRead(dst, r)
 	switch err {
@@ -52,9 +50,7 @@ func (c *conn) read(r *Request) error {
 		c.batch.bytesRead += uint64(r.Length)
 		return nil
 	case backend.ErrWait:
-		if !c.readAhead(r, true) {
-			return errGone
-		}
+		c.readAhead(r, true)
 		t, ok := c.newTask(r, r.Length)
 		if !ok {
 			return errGone
@@ -132,9 +128,7 @@ func fetch(img backend.Image, p *backend.Plan, dst []byte, now bool) error {
 
 // readLarge is read for what would fill the reply buffer.
 func (c *conn) readLarge(r *Request) error {
-	if !c.readAhead(r, false) {
-		return errGone
-	}
+	c.readAhead(r, false)
 	t, ok := c.lendTask(r, r.Length)
 	if !ok {
 		return errGone
@@ -161,9 +155,7 @@ func (c *conn) readLarge(r *Request) error {
 		}
 	}
 	c.startRead(t)
-	if !c.readAhead(r, true) { // after it, which holds memory
-		return errGone
-	}
+	c.readAhead(r, true) // after it, which is waited for
 	return nil
 }
 

@@ -115,7 +115,7 @@ func (c *conn) awaitRoom() bool {
 // use the reserve. The caller holds no admission and no memory of which more
 // is waited for. It reports whether it got them.
 func (c *conn) lend(n int64, small bool) (lease, bool) {
-	for c.held.Load() > 0 && c.held.Load()+n > c.e.budget.share {
+	for c.overShare(n) {
 		c.flush()
 		if !c.awaitRoom() {
 			return lease{}, false
@@ -132,6 +132,23 @@ func (c *conn) lend(n int64, small bool) (lease, bool) {
 	}
 	c.held.Add(n)
 	return l, true
+}
+
+// overShare reports whether n more bytes are more than the connection may hold.
+func (c *conn) overShare(n int64) bool {
+	held := c.held.Load()
+	return held > 0 && held+n > c.e.budget.share
+}
+
+// tryLend is lend for who does without rather than wait.
+func (c *conn) tryLend(n int64) (l lease, ok bool) {
+	if c.overShare(n) {
+		return lease{}, false
+	}
+	if l, ok = c.e.budget.try(want{n, n <= smallRequest, &c.held}); ok {
+		c.held.Add(n)
+	}
+	return l, ok
 }
 
 // stalledSince is when the client last moved enough of what it owes us, in Unix

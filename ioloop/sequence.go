@@ -47,31 +47,29 @@ func (s *sequence) ahead(r *Request, missed bool) (a span) {
 	return a
 }
 
-// readAhead has a worker read ahead what goes with r, if anything does; it may
-// block. It reports false if the connection ended.
-func (c *conn) readAhead(r *Request, missed bool) bool {
+// readAhead has a worker read ahead what goes with r, if anything does and there is
+// memory for a task: nothing waits for it.
+func (c *conn) readAhead(r *Request, missed bool) {
 	if !c.disk.cached {
-		return true
+		return
 	}
 	a := c.sequence.ahead(r, missed)
-	if n := c.disk.Image.Size() - a.off; a.n > n {
-		a.n = n
-	}
+	a.n = min(a.n, c.disk.Image.Size()-a.off)
 	if a.n <= 0 {
-		return true
+		return
 	}
-	t, ok := c.newTask(&Request{Op: OpCache, Offset: a.off, Length: a.n}, 0)
+	l, ok := c.tryLend(taskCost)
 	if !ok {
-		return false
+		c.sequence.to = a.off // the next read tries again
+		return
 	}
+	t := taskFor(c, &Request{Op: OpCache, Offset: a.off, Length: a.n}, l)
 	t.ahead = true
 	c.list(t)
 	c.e.sched.submit(t)
-	return true
 }
 
-// runAhead executes the task of readAhead. Nobody waits for it, nor hears of an
-// error: a read will.
+// runAhead executes the task of readAhead. Nobody hears of an error: a read will.
 func (t *task) runAhead() {
 	c, r := t.conn, &t.req
 	g := c.lane.EnterRead()

@@ -8,6 +8,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend"
 )
 
 func TestSequence(t *testing.T) {
@@ -99,5 +101,48 @@ func TestReadsAhead(t *testing.T) {
 		if a.off+a.n > r.size {
 			t.Errorf("asked for %d of %d", a, r.size)
 		}
+	}
+}
+
+// Reads of what is in the page cache wait for no memory to read ahead, however
+// much their connection and others hold.
+func TestReadAheadWaitsForNoMemory(t *testing.T) {
+	const page, all = 4096, 64 << 20
+	r := newRig(t, rigConfig{content: contents})
+	slow := newBlocker()
+	r.img.set(func(h *hooked) {
+		h.mapping = func(off, _ int64, mode backend.Mode) error {
+			switch {
+			case off == page && mode&backend.MayBlock == 0:
+				return backend.ErrWait
+			case off == 2*page:
+				return slow.mode(mode)
+			}
+			return nil
+		}
+	})
+	c := r.connect(&testCodec{})
+	c.ok(OpRead, 0, 0, page, nil)
+	c.ok(OpRead, 0, page, page, nil)
+	held := c.send(OpRead, 0, 2*page, page, nil)
+	await(t, slow.entered, "a worker")
+	r.e.budget.takeFloor(4 * all)
+	for off := int64(3 * page); off < leastAhead; off += page {
+		c.send(OpRead, 0, off, page, nil)
+		if a := c.next(); a.cookie == held || !bytes.Equal(a.data, contents[off:off+page]) {
+			t.Fatalf("at %d: the reply to %d of %d bytes", off, a.cookie, len(a.data))
+		}
+	}
+	r.e.budget.takeFloor(-4 * all)
+	close(slow.leave)
+	if a := c.next(); a.cookie != held {
+		t.Fatalf("reply to %d, want %d", a.cookie, held)
+	}
+	// What was not read ahead then is now.
+	asked := make(chan span, 16)
+	r.img.set(func(h *hooked) { h.caching = func(off, n int64) { asked <- span{off, n} } })
+	c.ok(OpRead, 0, leastAhead, page, nil)
+	if a := await(t, asked, "reading ahead"); a.off != 2*page+leastAhead {
+		t.Errorf("%d, want it from %d", a, 2*page+leastAhead)
 	}
 }

@@ -67,9 +67,14 @@ func (c *conn) lendTask(r *Request, n int64) (*task, bool) {
 	if !ok {
 		return nil, false
 	}
+	return taskFor(c, r, l), true
+}
+
+// taskFor makes a task of what is lent.
+func taskFor(c *conn, r *Request, l lease) *task {
 	t := tasks.Get().(*task)
 	t.conn, t.req, t.lease = c, *r, l
-	return t, true
+	return t
 }
 
 // taskOf wraps a reply buffer, which is counted already.
