@@ -9,6 +9,12 @@ package ioloop
 const (
 	leastAhead = 128 << 10
 	mostAhead  = 8 << 20
+	// aheadPiece is how much is asked for at once. Of more the kernel reads only
+	// what the device's read_ahead_kb or max_sectors_kb is, whichever is larger, and
+	// leaves out the rest: of 8 MiB 1.25, with the defaults of a disk. Smaller pieces
+	// are no slower: 2 MiB, 1 MiB, 512, 256 and 128 KiB all take 38 to 45 ms of
+	// processor time for 128 MiB.
+	aheadPiece = 128 << 10
 )
 
 // sequence follows a connection's reads. Where one that is not in the page cache
@@ -71,11 +77,22 @@ func (c *conn) readAhead(r *Request, missed bool) {
 
 // runAhead executes the task of readAhead. Nobody hears of an error: a read will.
 func (t *task) runAhead() {
-	c, r := t.conn, &t.req
-	g := c.lane.EnterRead()
-	if !c.lane.Stopping() && checkRange(c.disk.Image, r) == nil {
-		_ = c.disk.Image.Cache(r.Offset, r.Length)
+	left := t.req
+	for left.Length > 0 {
+		piece := left
+		piece.Length = min(left.Length, aheadPiece)
+		if !t.conn.cache(&piece) {
+			break
+		}
+		left.Offset, left.Length = left.Offset+piece.Length, left.Length-piece.Length
 	}
-	c.lane.LeaveRead(g)
 	t.forget()
+}
+
+// cache reads r's range ahead under a read's admission. It reports false if there
+// is no point in going on.
+func (c *conn) cache(r *Request) bool {
+	defer c.lane.LeaveRead(c.lane.EnterRead())
+	img := c.disk.Image
+	return !c.lane.Stopping() && checkRange(img, r) == nil && img.Cache(r.Offset, r.Length) == nil
 }

@@ -104,6 +104,35 @@ func TestReadsAhead(t *testing.T) {
 	}
 }
 
+// What is read ahead is asked for in pieces that the kernel takes whole.
+func TestReadsAheadInPieces(t *testing.T) {
+	r := newRig(t, rigConfig{size: 16 << 20})
+	var mu sync.Mutex
+	var to, most int64
+	r.img.set(func(h *hooked) {
+		h.caching = func(off, n int64) {
+			mu.Lock()
+			defer mu.Unlock()
+			if to != 0 && off != to {
+				t.Errorf("%d bytes at %d follow what ended at %d", n, off, to)
+			}
+			to, most = off+n, max(most, n)
+		}
+	})
+	c := r.connect(&testCodec{})
+	// The last task has ended before the next read comes: so they keep their order.
+	for off := int64(0); off < r.size; off += 512 << 10 {
+		c.conn.sequence.note(&Request{Offset: off, Length: 512 << 10})
+		c.conn.readAhead(&Request{Offset: off, Length: 512 << 10}, true)
+		await(t, c.conn.tasksDone(), "what is read ahead")
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if to != r.size || most > aheadPiece {
+		t.Errorf("read ahead to %d of %d, at most %d bytes at once", to, r.size, most)
+	}
+}
+
 // Reads of what is in the page cache wait for no memory to read ahead, however
 // much their connection and others hold.
 func TestReadAheadWaitsForNoMemory(t *testing.T) {
