@@ -113,11 +113,11 @@ type conn struct {
 	plan     backend.Plan
 	batch    batch
 	sequence sequence
-	turns    turns
-	single   int          // reads in a row that were the only request: see startRead
-	deep     int          // how many more reply buffers are to be deep ones
-	gaps     []gap        // of the reply buffer
-	pinned   []pinnedRead // the first pins of them have gaps
+	busyFrom time.Duration // when the present turn began, by clock; 0 after a wait
+	single   int           // reads in a row that were the only request: see startRead
+	deep     int           // how many more reply buffers are to be deep ones
+	gaps     []gap         // of the reply buffer
+	pinned   []pinnedRead  // the first pins of them have gaps
 	pins     int
 
 	ring     *Uring  // nil in the portable engine
@@ -222,7 +222,6 @@ func (c *conn) close(cause error) {
 	c.out.fail(net.ErrClosed)
 	<-c.out.flushed() // the sender uses no buffer any more
 	c.releaseBuffers()
-	c.turns.close()
 	c.lane.Close()
 }
 

@@ -38,6 +38,7 @@ type Engine struct {
 	buffers pool
 	sched   *scheduler
 	ring    *Uring // nil in the portable engine
+	yielder yielder
 	log     *zap.Logger
 	stall   time.Duration
 
@@ -173,7 +174,7 @@ func (e *Engine) serve(c *conn) error {
 		last := e.shut && len(e.conns) == 0
 		e.mu.Unlock()
 		if last {
-			e.closeRing()
+			e.close()
 		}
 	}()
 	return c.serve()
@@ -195,12 +196,13 @@ func (e *Engine) Shutdown(ctx context.Context) {
 	last := len(e.conns) == 0
 	e.mu.Unlock()
 	if last {
-		e.closeRing()
+		e.close()
 	}
 }
 
-// closeRing is called when no connection is left and none will come.
-func (e *Engine) closeRing() {
+// close is called when no connection is left and none will come.
+func (e *Engine) close() {
+	e.yielder.close()
 	if e.ring == nil {
 		return
 	}

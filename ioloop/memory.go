@@ -72,7 +72,7 @@ func (c *conn) releaseBuffer(b **buffer) {
 // transport.recv. They are bound once, in atRest and inPayload: a bound method
 // made for each receive would be an allocation.
 func (c *conn) onRest() (released bool) {
-	c.turns.since = 0
+	c.busyFrom = 0
 	c.releaseBuffers()
 	return true
 }

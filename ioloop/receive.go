@@ -60,7 +60,7 @@ func (c *conn) fill() error {
 
 // onPayload notes that the client owes the rest of a request.
 func (c *conn) onPayload() (released bool) {
-	c.turns.since = 0
+	c.busyFrom = 0
 	c.owes.wait()
 	return false
 }

@@ -3,6 +3,7 @@ package ioloop
 import (
 	"os"
 	"runtime"
+	"sync"
 	"syscall"
 	"time"
 	"unsafe"
@@ -25,73 +26,95 @@ import (
 // writes/s 448k to 463k, 464k to 486k and 444k to 493k.
 const turnLength = 200 * time.Microsecond
 
-// turns is when a connection gives way. It belongs to the receiving goroutine.
-type turns struct {
-	since time.Duration // when the present turn began, by clock; 0 after a wait
-	event *os.File      // an eventfd; nil before the first yield
-	rc    syscall.RawConn
-	wrote bool
-	fn    func(fd uintptr) bool // yieldOnce, bound once
-}
-
 // yield ends the turn if it has been long enough and others may want the thread.
 func (c *conn) yield() {
-	t := &c.turns
 	now := clock()
-	if t.since == 0 {
-		t.since = now
+	if c.busyFrom == 0 {
+		c.busyFrom = now
 		return
 	}
-	if now-t.since < turnLength {
+	if now-c.busyFrom < turnLength {
 		return
 	}
-	t.since = now
-	if c.e.crowd() < runtime.GOMAXPROCS(0) {
-		return
+	c.busyFrom = now
+	if c.e.crowd() >= runtime.GOMAXPROCS(0) {
+		c.e.yielder.give()
 	}
-	t.give()
 }
 
-// give lets who is ready have the thread. Without a descriptor to spare it is as
-// if there were none.
-func (t *turns) give() {
-	if t.event == nil && !t.open() {
-		return
-	}
-	t.wrote = false
-	_ = t.rc.Read(t.fn)
+// yielder is what the connections of an engine give way with. They share a
+// descriptor: if each had its own there would be none left for handing over, for
+// which a quarter is kept (export.mostConnections).
+type yielder struct {
+	mu     sync.Mutex // leaf
+	back   sync.Cond  // of mu: waits is false again
+	waits  bool       // somebody does, in the netpoller
+	rounds uint64     // how often somebody has
+	event  *os.File   // an eventfd; nil before the first round
+
+	// Of who waits:
+	rc    syscall.RawConn
+	wrote bool
+	fn    func(fd uintptr) bool // once, bound: that would be an allocation for each
 }
 
-func (t *turns) open() bool {
+// give lets who is ready have the thread. Who finds somebody waiting in the
+// netpoller waits with him. Without a descriptor to spare it is as if there were no
+// turns.
+func (y *yielder) give() {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	if y.waits {
+		for n := y.rounds; n == y.rounds; {
+			y.back.Wait()
+		}
+		return
+	}
+	if y.event == nil && !y.openLocked() {
+		return
+	}
+	y.waits, y.wrote = true, false
+	y.mu.Unlock()
+	_ = y.rc.Read(y.fn)
+	y.mu.Lock()
+	y.waits = false
+	y.rounds++
+	y.back.Broadcast()
+}
+
+func (y *yielder) openLocked() bool {
 	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
 	if err != nil {
 		return false
 	}
-	t.event = os.NewFile(uintptr(fd), "eventfd")
-	if t.rc, err = t.event.SyscallConn(); err != nil {
-		t.close()
+	event := os.NewFile(uintptr(fd), "eventfd")
+	if y.rc, err = event.SyscallConn(); err != nil {
+		_ = event.Close()
 		return false
 	}
-	t.fn = t.yieldOnce
+	y.event, y.back.L, y.fn = event, &y.mu, y.once
 	return true
 }
 
-// yieldOnce makes the descriptor readable and is called again when the netpoller
-// has found it to be.
-func (t *turns) yieldOnce(fd uintptr) (done bool) {
+// once makes the descriptor readable and is called again when the netpoller has
+// found it to be.
+func (y *yielder) once(fd uintptr) (done bool) {
 	n := uint64(1)
 	trap := uintptr(unix.SYS_WRITE)
-	if t.wrote {
+	if y.wrote {
 		trap = unix.SYS_READ
 	}
 	_, _, _ = syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&n)), unsafe.Sizeof(n))
-	done, t.wrote = t.wrote, true
+	done, y.wrote = y.wrote, true
 	return done
 }
 
-func (t *turns) close() {
-	if t.event != nil {
-		_ = t.event.Close()
-		t.event = nil
+// close is called when no connection is left, and may be called again.
+func (y *yielder) close() {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	if y.event != nil {
+		_ = y.event.Close()
+		y.event = nil
 	}
 }

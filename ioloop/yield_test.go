@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"testing"
 )
@@ -28,8 +29,8 @@ func TestYieldAsksTheNetpoller(t *testing.T) {
 			seen.Add(1)
 		}
 	})
-	var a turns
-	defer a.close()
+	var y yielder
+	defer y.close()
 	const bytes, most = 1000, 8
 	late := 0
 	for i := range int32(bytes) {
@@ -37,7 +38,7 @@ func TestYieldAsksTheNetpoller(t *testing.T) {
 		must(t, err)
 		yields := 0
 		for ; seen.Load() == i; yields++ {
-			a.give()
+			y.give()
 		}
 		if yields > most {
 			late++
@@ -60,27 +61,59 @@ func TestYieldInACrowd(t *testing.T) {
 	defer b.Close()
 	c := newConn(r.e, b, &testCodec{}, r.d)
 	defer c.lane.Close()
-	defer c.turns.close()
 	for _, test := range []struct {
 		what  string
 		busy  int
 		since func()
 		gives bool
 	}{
-		{"alone", 1, func() { c.turns.since = 1 }, false},
+		{"alone", 1, func() { c.busyFrom = 1 }, false},
 		{"after a wait", runtime.GOMAXPROCS(0), func() { c.onPayload() }, false},
 		{"at rest before", runtime.GOMAXPROCS(0), func() { c.onRest() }, false},
-		{"as many as threads", runtime.GOMAXPROCS(0), func() { c.turns.since = 1 }, true},
+		{"as many as threads", runtime.GOMAXPROCS(0), func() { c.busyFrom = 1 }, true},
 	} {
 		r.e.busy.Store(int32(test.busy))
-		c.turns.close()
+		rounds := r.e.yielder.rounds
 		test.since()
 		c.yield()
-		if gave := c.turns.event != nil; gave != test.gives {
+		if gave := r.e.yielder.rounds > rounds; gave != test.gives {
 			t.Errorf("%s: gives way %v", test.what, gave)
 		}
-		if c.turns.since == 0 || test.gives && c.turns.since == 1 {
+		if c.busyFrom == 0 || test.gives && c.busyFrom == 1 {
 			t.Errorf("%s: no new turn has begun", test.what)
 		}
+	}
+}
+
+// However many connections give way, and at once, all come back, and they have one
+// descriptor for it: those that are left serve to hand over the image.
+func TestYieldTogether(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true})
+	count := func() int {
+		d, err := os.ReadDir("/proc/self/fd")
+		must(t, err)
+		return len(d)
+	}
+	before := count()
+	const conns, times = 20, 500
+	var all sync.WaitGroup
+	for range conns {
+		a, b := net.Pipe()
+		defer a.Close()
+		defer b.Close()
+		c := newConn(r.e, b, &testCodec{}, r.d)
+		defer c.lane.Close()
+		all.Go(func() {
+			for range times {
+				c.e.yielder.give()
+			}
+		})
+	}
+	await(t, background(all.Wait), "those that give way")
+	if n := count() - before; n > 1 {
+		t.Errorf("%d descriptors", n)
+	}
+	if n := r.e.yielder.rounds; n < times || n > conns*times {
+		t.Errorf("%d rounds", n)
 	}
 }
