@@ -21,15 +21,16 @@ import (
 
 // daemonOptions are what a process has once.
 type daemonOptions struct {
-	unix    string // NBD socket path, "" for none
-	tcp     string // NBD address, "" for none
-	control string // control socket path, "" for none
-	pidFile string // "" for none
-	memory  int64  // bytes
-	shared  int    // connections, 0 for no limit
-	dirty   int64  // bytes that an inactivation may leave when its gate closes
-	engine  string // "auto", "portable" or "uring"
-	first   []startOrder
+	unix      string // NBD socket path, "" for none
+	tcp       string // NBD address, "" for none
+	control   string // control socket path, "" for none
+	inherited inherited
+	pidFile   string // "" for none
+	memory    int64  // bytes
+	shared    int    // connections, 0 for no limit
+	dirty     int64  // bytes that an inactivation may leave when its gate closes
+	engine    string // "auto", "portable" or "uring"
+	first     []startOrder
 
 	// Of qcow2 images:
 	allowBacking []string // directories
@@ -86,6 +87,7 @@ type daemon struct {
 	nbd      *control.NBD
 	control  *control.Server
 
+	supervisor      control.Supervisor
 	listeners       []net.Listener // of nbd, until it serves them
 	controlListener net.Listener   // nil for none
 	pidFile         *control.PIDFile
@@ -100,7 +102,10 @@ func newDaemon(opt daemonOptions, log *zap.Logger) (*daemon, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &daemon{opt: opt, log: log, failed: make(chan error, 8), quit: make(chan struct{})}
+	d := &daemon{
+		opt: opt, log: log, supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
+		listeners: opt.inherited.nbd, controlListener: opt.inherited.control,
+	}
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Ring: ring, Log: log})
 	d.nbd = &control.NBD{Mover: d.engine, Log: log}
 	d.control = control.NewServer(control.Config{
@@ -137,14 +142,14 @@ func (d *daemon) listen() error {
 		}
 		d.pidFile = p
 	}
-	if d.opt.control != "" {
+	if d.opt.control != "" && d.controlListener == nil {
 		l, err := control.Listen(d.opt.control)
 		if err != nil {
 			return err
 		}
 		d.controlListener = l
 	}
-	if d.opt.unix != "" || d.opt.tcp != "" {
+	if d.opt.unix != "" || d.opt.tcp != "" || len(d.listeners) > 0 {
 		d.nbd.Reserve()
 	}
 	if d.opt.unix != "" {
@@ -299,6 +304,7 @@ func (d *daemon) run(signals *control.Signals) error {
 		d.log.Info("taking orders", zap.String("control", d.opt.control))
 	}
 	signals.Ready(&d.registry, d.log)
+	d.tellSupervisor("READY=1")
 	select {
 	case <-ctx.Done():
 		return nil
@@ -307,10 +313,20 @@ func (d *daemon) run(signals *control.Signals) error {
 	}
 }
 
+// tellSupervisor tells the service manager a state. It is no reason to stop if
+// that does not want to know.
+func (d *daemon) tellSupervisor(state string) {
+	if err := d.supervisor.Tell(state); err != nil {
+		d.log.Warn(err.Error())
+	}
+}
+
 // close stops in order whatever has been started, and leaves nothing behind.
 func (d *daemon) close() error {
 	log := d.log
-	if !d.serving.Load() {
+	if d.serving.Load() {
+		d.tellSupervisor("STOPPING=1")
+	} else {
 		log = zap.NewNop()
 	}
 	err := control.Stop(&d.registry, d.nbd, log)

@@ -23,7 +23,8 @@ form for one image.
 --nbd-server, --blockdev and --export are carried out at the start, in this order;
 they take what those of qemu-storage-daemon take.
 
-The pid file is written when the control socket is ready.
+The pid file is written, and systemd told, when the control socket is ready. That
+may be one of systemd's, as those for clients may (docs/running.md).
 
 Signals: SIGUSR1 activates all images, SIGUSR2 inactivates them, SIGTERM, SIGINT
 and SIGQUIT stop in order (a second one stops at once), SIGHUP is ignored. Exit

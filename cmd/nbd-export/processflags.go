@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"fmt"
 	"os"
 
@@ -78,7 +79,11 @@ func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger
 	if p.memory < 1<<20 {
 		return nil, usageError{fmt.Errorf("%s: --memory %s is too little; give at least 1M", cmd.Name(), p.memory.String())}
 	}
-	d.control, d.pidFile = p.control, p.pidFile
+	var err error
+	if d.inherited, err = inheritSockets(p.control); err != nil {
+		return nil, usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
+	}
+	d.control, d.pidFile = cmp.Or(p.control, d.inherited.controlPath()), p.pidFile
 	d.allowBacking, d.l2Cache, d.noRepair = p.allowBacking, int64(p.l2Cache), p.repair.value == "off"
 	d.memory, d.dirty, d.engine = int64(p.memory), int64(p.dirty), p.engine.value
 	log, err := control.NewLogger(control.NewLines(os.Stderr), p.logLevel.value, p.logFormat.value)

@@ -41,8 +41,10 @@ The backing files and the data file of a qcow2 image are found by the names in i
 in its directory or those of --allow-backing. Without -f an image is served as
 qcow2 if it begins like one and leads to no other file.
 
-Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809. The pid
-file is written when connections are accepted and the control socket is ready.
+Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809, or, started
+by a socket unit of systemd or by a tool of libnbd, on the sockets that it is given
+(docs/running.md). The pid file is written, and systemd told, when connections are
+accepted and the control socket is ready.
 
 While inactive, writes get EPERM; with --inactive-writes hold they wait for the
 activation, or a time. With --takeover the first of them brings it about: the
@@ -90,7 +92,13 @@ last write or flush failed.`,
 			case d.shared < 0:
 				return usageError{fmt.Errorf("serve: --shared %d is negative; 0 means unlimited", d.shared)}
 			}
-			if d.unix == "" || flags.Changed("port") || flags.Changed("bind") {
+			if len(d.inherited.nbd) > 0 {
+				for _, name := range []string{"socket", "port", "bind"} {
+					if flags.Changed(name) {
+						return usageError{fmt.Errorf("serve: --%s: the server was started with sockets to listen on (LISTEN_FDS); leave --%s out", name, name)}
+					}
+				}
+			} else if d.unix == "" || flags.Changed("port") || flags.Changed("bind") {
 				host := strings.TrimSuffix(strings.TrimPrefix(bind, "["), "]") // as in a URI
 				d.tcp = net.JoinHostPort(host, strconv.Itoa(port))
 			}
