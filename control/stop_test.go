@@ -142,8 +142,32 @@ func TestPIDFile(t *testing.T) {
 		t.Errorf("read %q, %v", text, err)
 	}
 
+	// One of a server that runs is not replaced, whether it was there before or
+	// has come meanwhile; one that is left from a dead server is.
+	refused := func(err error) {
+		t.Helper()
+		if err == nil || !strings.Contains(err.Error(), "of a server that runs, pid "+strconv.Itoa(os.Getpid())) {
+			t.Errorf("got %v", err)
+		}
+	}
+	_, err = NewPIDFile(path)
+	refused(err)
+	hidden := path + ".hidden"
+	if err := os.Rename(path, hidden); err != nil {
+		t.Fatal(err)
+	}
 	next, err := NewPIDFile(path)
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(hidden, path); err != nil {
+		t.Fatal(err)
+	}
+	refused(next.Publish())
+	if err := os.WriteFile(hidden, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(hidden, path); err != nil { // as if p had died: nobody has locked it
 		t.Fatal(err)
 	}
 	if err := next.Publish(); err != nil {
