@@ -41,9 +41,12 @@ func TestServeHelpNamesEveryFlag(t *testing.T) {
 }
 
 func TestVersion(t *testing.T) {
-	r := cli(t, "version")
-	if r.code != 0 || !strings.HasPrefix(r.stdout, "nbd-export ") {
-		t.Errorf("version: exit status %d, %q", r.code, r.stdout)
+	want := cli(t, "version").stdout
+	for _, arg := range []string{"version", "--version", "-V"} {
+		r := cli(t, arg)
+		if r.code != 0 || !strings.HasPrefix(r.stdout, "nbd-export ") || r.stdout != want {
+			t.Errorf("%s: exit status %d, %q", arg, r.code, r.stdout)
+		}
 	}
 }
 

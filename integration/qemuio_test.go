@@ -128,6 +128,18 @@ func TestQemuIOZeroesAndDiscardsSpace(t *testing.T) {
 	})
 }
 
+// An image that was given its space keeps it with --discard ignore.
+func TestDiscardIgnore(t *testing.T) {
+	image := randomImage(t, tmpfsDir(t), 2, 4*mib)
+	e := serve(t, image, "--discard", "ignore")
+	full := snap(t, image).blocks
+	mustQemuIO(t, e.uri(), "discard 0 2M", "write -z -u 2M 2M", "flush")
+	if b := snap(t, image).blocks; b < full {
+		t.Errorf("%d blocks were freed", full-b)
+	}
+	mustQemuIO(t, e.uri(), "read -P 0 2M 2M")
+}
+
 // Sizes that are no multiple of 512: QEMU's server rounds them down, so only
 // ours is asked.
 func TestQemuIOOddSizes(t *testing.T) {

@@ -113,6 +113,10 @@ stay connected, by a signal or over the control socket.`,
 		RunE: func(*cobra.Command, []string) error { return nil }, // Args refuses all
 	}
 	root.SuggestionsMinimumDistance = 2
+	root.SetFlagErrorFunc(flagError)
+	root.Version = version
+	root.SetVersionTemplate(versionLine())
+	root.Flags().BoolP("version", "V", false, "print the version")
 	// The program alone does nothing: its usage is that with a verb.
 	root.SetUsageTemplate(strings.Replace(root.UsageTemplate(), "{{if .Runnable}}", "{{if and .Runnable .HasParent}}", 1))
 	root.AddCommand(

@@ -25,6 +25,17 @@ func TestUsage(t *testing.T) {
 		{"nope", 2, `there is no verb "nope"; see nbd-export --help`},
 		{"sttus", 2, `there is no verb "sttus"; did you mean status?; see nbd-export --help`},
 		{"--nope", 2, "unknown flag: --nope; see nbd-export --help"},
+		{"serve --sokcet a b", 2, "unknown flag: --sokcet; did you mean --socket?; see nbd-export serve --help"},
+		{"serve --exportname a b", 2, "unknown flag: --exportname; did you mean --export-name?; see"},
+		{"serve --handover b", 2, "unknown flag: --handover; did you mean --handover-dirty?; see"},
+		{"serve --vwxyz b", 2, "unknown flag: --vwxyz; see"},
+		{"serve -n b", 2, "unknown shorthand flag: 'n' in -n: it is --cache none; see"},
+		{"serve --tls-creds a b", 2, "unknown flag: --tls-creds: there is no TLS yet: listen on a Unix socket"},
+		{"serve -c /dev/nbd0 b", 2, "nbd-client -unix SOCKET /dev/nbdN"},
+		{"daemon --object a", 2, "unknown flag: --object: there is no TLS yet"},
+		{"status --object a", 2, "unknown flag: --object; see nbd-export status --help"},
+		{"serve -t", 2, "serve needs one argument, IMAGE; see"}, // it is no wrong use by itself
+		{"serve --discard maybe x", 2, "must be one of unmap, ignore; see"},
 		{"status --nope", 2, "unknown flag: --nope; see nbd-export status --help"},
 		{"status", 2, "status needs --control CTL; see nbd-export status --help"},
 		{"status --control", 2, "flag needs an argument: --control; see nbd-export status --help"},
@@ -104,5 +115,19 @@ func TestHelp(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "nbd-export-man.1")); err == nil {
 		t.Error("man, which is hidden, has a page")
+	}
+}
+
+func TestEdits(t *testing.T) {
+	for _, c := range []struct {
+		a, b string
+		want int
+	}{
+		{"", "", 0}, {"", "abc", 3}, {"abc", "", 3}, {"abc", "abc", 0}, {"abc", "abd", 1}, {"abc", "acb", 1},
+		{"socket", "sokcet", 1}, {"port", "portt", 1}, {"port", "prt", 1}, {"abc", "xyz", 3}, {"ab", "ba", 1}, {"abcd", "badc", 2},
+	} {
+		if got := edits(c.a, c.b); got != c.want {
+			t.Errorf("edits(%q, %q) is %d, want %d", c.a, c.b, got, c.want)
+		}
 	}
 }

@@ -29,6 +29,8 @@ func newServeCommand(signals *control.Signals) *cobra.Command {
 	cache := choose("writeback", "none", "writethrough")
 	locking := choose("auto", "on", "off")
 	dropCache := choose("auto", "on", "off")
+	discard := choose("unmap", "ignore")
+	var persistent bool
 
 	cmd := &cobra.Command{
 		Use:   "serve [flags] IMAGE",
@@ -116,7 +118,7 @@ last write or flush failed.`,
 			}
 			i.Path, i.Format = args[0], format.value
 			i.Cache, i.Locking = backend.CacheMode(cache.value), backend.LockingMode(locking.value)
-			i.DropCache = backend.DropCacheMode(dropCache.value)
+			i.DropCache, i.IgnoreDiscard = backend.DropCacheMode(dropCache.value), discard.value == "ignore"
 			return serve(d, []imageOptions{i}, signals, log)
 		},
 	}
@@ -127,19 +129,23 @@ last write or flush failed.`,
 	f.StringVarP(&i.name, "export-name", "x", "", "`NAME` of the export")
 	f.StringVarP(&i.description, "description", "D", "", "`TEXT` that describes the export")
 	format.addTo(cmd, "format", "f", "`FMT` of the image")
-	f.StringArrayVar(&i.bitmaps, "bitmap", nil, "export dirty bitmap `NAME` of a qcow2 image as qemu:dirty-bitmap:NAME; may be given more than once")
+	f.StringArrayVarP(&i.bitmaps, "bitmap", "B", nil, "export dirty bitmap `NAME` of a qcow2 image as qemu:dirty-bitmap:NAME; may be given more than once")
 	f.BoolVarP(&i.ReadOnly, "read-only", "r", false, "never write to the image")
 	f.BoolVar(&i.inactive, "inactive", false, "start without ownership: any number of exporters may")
 	i.demand.addTo(cmd)
 	process.addPaths(cmd)
 	ownerRecordFlag(cmd, &i.OwnerRecord)
 	cache.addTo(cmd, "cache", "", "how the page cache is used")
+	discard.addTo(cmd, "discard", "", "what clients discard is given back to the file system, or stays allocated")
 	locking.addTo(cmd, "locking", "", "lock the image while it is active")
 	dropCache.addTo(cmd, "drop-cache", "", "drop the page cache on activation")
 	f.IntVarP(&d.shared, "shared", "e", 0, "at most `N` connections at once; 0 for unlimited")
 	f.StringVar(&i.Snapshot, "snapshot", "", "serve internal snapshot `NAME` of a qcow2 image, read-only")
 	process.addQcow2(cmd)
 	process.addRest(cmd)
+	// For those who are used to qemu-nbd: it is what serve always does.
+	f.BoolVarP(&persistent, "persistent", "t", false, "go on when the last client has left")
+	_ = f.MarkHidden("persistent")
 	f.SortFlags = false
 	_ = cmd.MarkFlagFilename("socket")
 	return cmd
