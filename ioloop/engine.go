@@ -89,6 +89,7 @@ type Disk struct {
 	pace    *Pace            // nil for none
 	counts  counts
 	flushes flushes
+	faults  faultLog
 }
 
 // NewDisk joins an image and the machine that guards it.

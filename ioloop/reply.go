@@ -114,6 +114,7 @@ func (c *conn) replyDone(r *Request) {
 
 func (c *conn) replyError(r *Request, err error) {
 	c.batch.count(err)
+	c.logFault(r, err)
 	c.filled = len(c.codec.AppendError(c.space(maxErrorReply), r, err))
 }
 

@@ -11,6 +11,7 @@ func (t *task) conclude(err error) {
 		var b batch
 		b.count(err)
 		b.addTo(counts)
+		c.logFault(r, err)
 		t.sendHead(c.codec.AppendError(t.heads[:0], r, err))
 		return
 	case r.Op == OpRead:
