@@ -30,6 +30,8 @@ type daemonOptions struct {
 	shared    int    // connections, 0 for no limit
 	dirty     int64  // bytes that an inactivation may leave when its gate closes
 	engine    string // "auto", "portable" or "uring"
+	fork      bool   // serve in another process
+	parent    parent // that waits for this one to serve
 	first     []startOrder
 
 	// Of qcow2 images:
@@ -57,6 +59,9 @@ func serve(opt daemonOptions, images []imageOptions, signals *control.Signals, l
 	}
 	defer func() { _ = log.Sync() }() // before the last words
 	defer signals.Close()
+	if opt.fork && !opt.parent.exists() {
+		return inBackground(signals)
+	}
 	d, err := newDaemon(opt, log)
 	if err != nil {
 		return err
@@ -305,6 +310,7 @@ func (d *daemon) run(signals *control.Signals) error {
 	}
 	signals.Ready(&d.registry, d.log)
 	d.tellSupervisor("READY=1")
+	d.opt.parent.release(d.log)
 	select {
 	case <-ctx.Done():
 		return nil

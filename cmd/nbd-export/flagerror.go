@@ -17,6 +17,7 @@ var elsewhere = map[string]string{
 	"c":                noDevice,
 	"connect":          noDevice,
 	"chardev":          "--control PATH makes the QMP socket",
+	"daemonize":        "it is --fork",
 	"detect-zeroes":    "zeros that are written stay written; clients can send WRITE_ZEROES",
 	"handshake-limit":  "a handshake may take 10 s; nbd-server-start of the control socket has handshake-max-seconds",
 	"image-opts":       "give the image's path; daemon --blockdev takes such options",

@@ -45,6 +45,8 @@ func inheritSockets(flag string) (i inherited, err error) {
 	return i, nil
 }
 
+func (i inherited) empty() bool { return len(i.nbd) == 0 && i.control == nil }
+
 // controlPath is where the control socket is, "" if none was inherited.
 func (i inherited) controlPath() string {
 	if i.control == nil {

@@ -19,6 +19,7 @@ type processFlags struct {
 	memory, dirty       bench.Size
 	l2Cache             bench.Size
 	allowBacking        []string
+	fork                bool
 	repair              *choice
 	engine              *choice
 	logLevel, logFormat *choice
@@ -42,6 +43,7 @@ func (p *processFlags) addPaths(cmd *cobra.Command) {
 	for _, name := range []string{"control", "pid-file"} {
 		_ = cmd.MarkFlagFilename(name)
 	}
+	forkFlag(cmd, &p.fork)
 }
 
 func (p *processFlags) addRest(cmd *cobra.Command) {
@@ -82,6 +84,9 @@ func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger
 	var err error
 	if d.inherited, err = inheritSockets(p.control); err != nil {
 		return nil, usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
+	}
+	if d.fork, d.parent = p.fork, findParent(); d.fork && !d.inherited.empty() {
+		return nil, usageError{fmt.Errorf("%s: --fork: who started the server with sockets (LISTEN_FDS) wants this very process; leave --fork out", cmd.Name())}
 	}
 	d.control, d.pidFile = cmp.Or(p.control, d.inherited.controlPath()), p.pidFile
 	d.allowBacking, d.l2Cache, d.noRepair = p.allowBacking, int64(p.l2Cache), p.repair.value == "off"
