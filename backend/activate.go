@@ -83,7 +83,7 @@ func (o *Owned) lockFile(f *File, writes bool) error {
 		err = lock()
 	}
 	if le, ok := errors.AsType[*LockError](err); ok {
-		le.Holder = o.record.holder(f)
+		le.Holder, le.Order = o.record.holder(f)
 	}
 	return err
 }
@@ -106,7 +106,7 @@ func (o *Owned) removed() error {
 	if fd := o.cur.Load().file.fd; fd >= 0 {
 		where = "; its bytes are still at " + procPath(fd)
 	}
-	return o.fail("activate", fmt.Errorf("the image was removed or renamed while this process had it open%s: %w", where, unix.ENOENT))
+	return o.fail("activate", &refusal{"the image was removed or renamed while this process had it open" + where, unix.ENOENT})
 }
 
 // procPath is where others find what is open as fd.

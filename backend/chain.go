@@ -241,6 +241,6 @@ func (c *chain) resolve(path, name string) (named, target string, err error) {
 			return name, target, nil
 		}
 	}
-	return "", "", fmt.Errorf("it lies outside the image's directory, in %s; if that is meant, give --allow-backing %s: %w",
-		filepath.Dir(judged), filepath.Dir(judged), unix.EACCES)
+	return "", "", &refusal{fmt.Sprintf("it lies outside the image's directory, in %s; if that is meant, give --allow-backing %s",
+		filepath.Dir(judged), filepath.Dir(judged)), unix.EACCES}
 }

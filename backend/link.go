@@ -85,7 +85,7 @@ func (l *Link) load(o ChainOptions) error {
 func (f *File) lockToLook() error {
 	err := f.LockReadOnly()
 	if le, ok := errors.AsType[*LockError](err); ok {
-		le.Holder = (&ownerRecord{image: f.path, device: f.traits.BlockDevice}).holder(f)
+		le.Holder, le.Order = (&ownerRecord{image: f.path, device: f.traits.BlockDevice}).holder(f)
 	}
 	return err
 }

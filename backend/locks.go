@@ -64,6 +64,7 @@ type LockError struct {
 	Perm   string // as QEMU names it
 	Shared bool   // we want to forbid Perm, which somebody uses
 	Holder string // who has it, as the owner record says, "" if it does not
+	Order  string // what has the holder let go, "" if there is no holder
 }
 
 func (e *LockError) Error() string {
@@ -71,12 +72,12 @@ func (e *LockError) Error() string {
 	if e.Shared {
 		shared = "shared "
 	}
-	by := "in use by another process"
+	by, order := "in use by another process", "nbd-export inactivate --control CTL"
 	if e.Holder != "" {
-		by = "owned by " + e.Holder
+		by, order = "owned by "+e.Holder, e.Order
 	}
-	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (nbd-export inactivate --control CTL), or stop that program",
-		by, shared, e.Perm, e.Path)
+	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (%s), or stop that program",
+		by, shared, e.Perm, e.Path, order)
 }
 
 // Unwrap is EBUSY.

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -142,6 +143,22 @@ func TestLockErrorText(t *testing.T) {
 		s := newLockError("/x", b).Error()
 		if !strings.Contains(s, want) || !strings.Contains(s, "inactivate") {
 			t.Errorf("%d: %s", b, s)
+		}
+	}
+}
+
+// Who is refused can copy what has the holder let go.
+func TestLockErrorNamesTheOrder(t *testing.T) {
+	for control, want := range map[string]string{
+		"":                 "inactivate it there (SIGUSR2 to pid 812), or stop",
+		"/run/a-1.ctl":     "inactivate it there (nbd-export inactivate --control /run/a-1.ctl), or stop",
+		"/run/a b; rm.ctl": "inactivate it there (nbd-export inactivate --control CTL), or stop",
+	} {
+		r := OwnerRecord{Host: "a", PID: 812, Control: control}
+		err := newLockError("/x", 201)
+		err.Holder, err.Order = r.Owner(time.Now()), r.release()
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q: %v", control, err)
 		}
 	}
 }

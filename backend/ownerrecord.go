@@ -55,6 +55,17 @@ func (r *OwnerRecord) Owner(now time.Time) string {
 	return s
 }
 
+// release is what has the owner let go, to be typed on its host.
+func (r *OwnerRecord) release() string {
+	switch {
+	case r.Control == "":
+		return fmt.Sprintf("SIGUSR2 to pid %d", r.PID)
+	case strings.Trim(r.Control, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789/._-+@:") == "":
+		return "nbd-export inactivate --control " + r.Control
+	}
+	return "nbd-export inactivate --control CTL" // a shell would make something else of it
+}
+
 // Printable keeps a record from writing on somebody's terminal.
 func Printable(s string) string {
 	return strings.Map(func(c rune) rune {

@@ -73,13 +73,13 @@ func (o *ownerRecord) tell(format string, args ...any) {
 	}
 }
 
-// holder names, to somebody whom the locks of f refuse, who has them; "" if the
-// record does not know.
-func (o *ownerRecord) holder(f *File) string {
+// holder names, to somebody whom the locks of f refuse, who has them, and what
+// has them let go; "" if the record does not know.
+func (o *ownerRecord) holder(f *File) (who, order string) {
 	if r := o.claimed(); r != nil && r.Process() != ProcessEnded && !r.lacksLocks(f) {
-		return r.Owner(time.Now())
+		return r.Owner(time.Now()), r.release()
 	}
-	return ""
+	return "", ""
 }
 
 // ownerEnded reports whether the record names a process of this host that

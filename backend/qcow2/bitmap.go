@@ -327,7 +327,7 @@ func (im *Image) bitmapOf(name string) (*bitmap, error) {
 		}
 		return b, im.readBits(b)
 	}
-	return nil, im.refused(unix.ENOENT, fmt.Sprintf("it has no bitmap %q; nbd-export info lists those it has", name))
+	return nil, im.missing("bitmap", name)
 }
 
 // run is how far from off, up to end, the bits are as off's.

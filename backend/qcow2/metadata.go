@@ -11,6 +11,18 @@ func (im *Image) refused(errno unix.Errno, what string) error {
 	return fmt.Errorf("qcow2 image %s: %s: %w", im.f.Path(), what, errno)
 }
 
+// missingError says that an image has no snapshot, or bitmap, of a name. It is an
+// ENOENT, whose text is of files.
+type missingError struct{ path, kind, name string }
+
+func (im *Image) missing(kind, name string) error { return &missingError{im.f.Path(), kind, name} }
+
+func (e *missingError) Error() string {
+	return fmt.Sprintf("qcow2 image %s: it has no %s %q; nbd-export info lists those it has", e.path, e.kind, e.name)
+}
+
+func (e *missingError) Unwrap() error { return unix.ENOENT }
+
 // damaged is the error of metadata that cannot be right.
 func (im *Image) damaged(format string, args ...any) error {
 	return &FormatError{Path: im.f.Path(), What: fmt.Sprintf(format, args...)}

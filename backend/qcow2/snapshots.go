@@ -4,8 +4,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // Snapshot is an internal snapshot (section "Snapshots").
@@ -125,7 +123,7 @@ func (im *Image) Snapshot(name string) (*Image, error) {
 		}
 	}
 	if found == nil {
-		return nil, im.refused(unix.ENOENT, fmt.Sprintf("it has no snapshot %q; nbd-export info lists those it has", name))
+		return nil, im.missing("snapshot", name)
 	}
 	if what := im.g.snapshotFault(found); what != "" {
 		return nil, im.damaged("snapshot %q: %s", name, what)

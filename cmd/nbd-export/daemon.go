@@ -288,6 +288,9 @@ func (d *daemon) run(signals *control.Signals) error {
 			if ctx.Err() != nil && errors.Is(err, ctx.Err()) {
 				return nil // told to stop before there was anything to serve
 			}
+			if _, locked := errors.AsType[*backend.LockError](err); locked {
+				err = fmt.Errorf("%w; or serve it with --inactive, until it is handed over to this server", err)
+			}
 			return err
 		}
 	}
