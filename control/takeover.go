@@ -220,10 +220,21 @@ func (t *Takeover) attempt() (how string, err error) {
 	default:
 		return "", fmt.Errorf("the image is %s", s.State)
 	}
+	// All are found before one is asked: what it lets go nobody would own if
+	// another kept it from being activated.
+	peers, err := t.reach()
+	defer func() {
+		for _, p := range peers {
+			p.close()
+		}
+	}()
+	if err != nil {
+		return "", err
+	}
 	granted := false
 	var said []string
-	for _, peer := range t.cfg.Peers {
-		what, given, err := t.ask(peer)
+	for _, p := range peers {
+		what, given, err := t.ask(p)
 		if err != nil {
 			return "", err
 		}
@@ -253,52 +264,100 @@ func (t *Takeover) attempt() (how string, err error) {
 	return strings.Join(said, "; "), nil
 }
 
-// ask has a peer give the image away. It reports, and says, whether the peer
-// has, or is not there to do so; the locks are the guard then. An error means
-// that it is not to be activated.
-func (t *Takeover) ask(peer string) (what string, given bool, err error) {
-	// One that does not answer must leave time to try without.
+// reachedPeer is a peer that can be asked for the image, which it has as node,
+// or one that need not be, as said says.
+type reachedPeer struct {
+	name, node string
+	client     *Client // nil if it need not be asked
+	said       string
+}
+
+func (p *reachedPeer) close() {
+	if p.client != nil {
+		_ = p.client.Close()
+	}
+}
+
+// reach finds all peers, at once: one that does not answer must leave time to
+// try without it. An error means that the image is not to be activated, whatever
+// the others say. The caller closes what is returned, in either case.
+func (t *Takeover) reach() ([]*reachedPeer, error) {
+	peers := make([]*reachedPeer, len(t.cfg.Peers))
+	errs := make([]error, len(peers))
+	var wg sync.WaitGroup
+	for i, name := range t.cfg.Peers {
+		peers[i] = &reachedPeer{name: name}
+		wg.Go(func() { errs[i] = t.find(peers[i]) })
+	}
+	wg.Wait()
+	for _, err := range errs {
+		if err != nil {
+			return peers, err
+		}
+	}
+	return peers, nil
+}
+
+// find connects to a peer, and has it proven that it has the image.
+func (t *Takeover) find(p *reachedPeer) error {
 	ctx, cancel := context.WithTimeout(t.ctx, max(t.target.Machine.HoldFor()/2, 500*time.Millisecond))
 	defer cancel()
-	c, err := Dial(ctx, peer)
-	local := !strings.HasPrefix(peer, execPrefix) // what such a command lacks says nothing
+	c, err := Dial(ctx, p.name)
+	local := !strings.HasPrefix(p.name, execPrefix) // what such a command lacks says nothing
 	if local && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)) {
-		return peer + " is gone", false, nil
+		p.said = p.name + " is gone"
+		return nil
 	}
 	if err != nil {
-		return t.silent(peer, false, err)
+		p.said, err = t.silent(p.name, false, err)
+		return err
 	}
-	defer func() { _ = c.Close() }()
 	ctx, cancel = context.WithTimeout(t.ctx, proofLimit)
 	defer cancel()
 	pairs, err := SameImages(ctx, t.registry, c, false, t.target.Node)
 	if err != nil {
-		return t.silent(peer, true, err)
+		_ = c.Close()
+		p.said, err = t.silent(p.name, true, err)
+		return err
 	}
-	ctx, cancel = context.WithTimeout(t.ctx, orderLimit)
+	p.client, p.node = c, pairs[0].B.Node
+	if why := pairs[0].A.Unusable; why != "" {
+		return fmt.Errorf("it could not be owned here: %s", why)
+	}
+	return nil
+}
+
+// ask has a peer give the image away. It reports, and says, whether the peer
+// has, or need not; the locks are the guard then. An error means that it is not
+// to be activated.
+func (t *Takeover) ask(p *reachedPeer) (what string, given bool, err error) {
+	if p.client == nil {
+		return p.said, false, nil
+	}
+	ctx, cancel := context.WithTimeout(t.ctx, orderLimit)
 	defer cancel()
-	a, err := c.requestTakeover(ctx, pairs[0].B.Node, t.me)
+	a, err := p.client.requestTakeover(ctx, p.node, t.me)
 	switch {
 	case err != nil:
-		return "", false, fmt.Errorf("%s: %w", peer, err)
+		return "", false, fmt.Errorf("%s: %w", p.name, err)
 	case !a.Granted:
-		return "", false, &laterError{peer, a.Reason, time.Duration(a.RetrySeconds * float64(time.Second))}
+		return "", false, &laterError{p.name, a.Reason, time.Duration(a.RetrySeconds * float64(time.Second))}
 	}
 	if !a.Owned {
-		return peer + " does not own it", false, nil
+		return p.name + " does not own it", false, nil
 	}
-	return peer + " gave it away", true, nil
+	return p.name + " gave it away", true, nil
 }
 
 // silent is the answer for a peer that may own the image and does not say,
 // because of cause. Where the locks reach it they tell. Elsewhere only the
 // record can, and of a peer that lives not even that: there may be two records.
-func (t *Takeover) silent(peer string, lives bool, cause error) (string, bool, error) {
+func (t *Takeover) silent(peer string, lives bool, cause error) (said string, err error) {
 	cause = fmt.Errorf("%s does not give it away: %w", peer, cause)
 	if t.target.Locks != nil && t.target.Locks().Scope == "cluster" || !lives && t.letGoElsewhere() {
-		return cause.Error(), false, nil
+		return cause.Error(), nil
 	}
-	return "", false, fmt.Errorf("%w; the locks do not reach every host, so it is not activated without the peer's word", cause)
+	return "", fmt.Errorf("%w; the locks do not reach every host, so it is not activated without the peer's word", cause)
 }
 
 // letGoElsewhere reports whether the owner record says that a process of

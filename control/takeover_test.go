@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,7 +24,8 @@ import (
 // sharedImage is a fakeImage that several sides have, with a lock.
 type sharedImage struct {
 	*fakeImage
-	lock *atomic.Pointer[sharedImage]
+	lock   *atomic.Pointer[sharedImage]
+	cannot error // what keeps this side from opening it for writing
 }
 
 var errLocked = errors.New("another process has the lock")
@@ -43,7 +45,7 @@ func (i *sharedImage) Release() error {
 func (i *sharedImage) Withdraw() { i.lock.CompareAndSwap(i, nil) }
 
 func (i *sharedImage) Identify() backend.Identity {
-	return backend.Identity{BootID: "boot", Dev: 1, Ino: 2, Size: i.Size()}
+	return backend.Identity{BootID: "boot", Dev: 1, Ino: 2, Size: i.Size(), OpenErr: i.cannot}
 }
 
 func (i *sharedImage) Note(string) (bool, error) { return false, nil }
@@ -62,7 +64,7 @@ type exporter struct {
 func newExporter(t testing.TB, lock *atomic.Pointer[sharedImage], pid int, minHold time.Duration, peers ...string) *exporter {
 	t.Helper()
 	e := &exporter{Registry: &Registry{}, scope: "cluster"}
-	img := &sharedImage{&fakeImage{info: backend.Info{Path: "/srv/a.img", Format: "raw"}}, lock}
+	img := &sharedImage{fakeImage: &fakeImage{info: backend.Info{Path: "/srv/a.img", Format: "raw"}}, lock: lock}
 	core, logs := observer.New(zap.DebugLevel)
 	e.log = logs
 	tk := NewTakeover(TakeoverConfig{Peers: peers, MinHold: minHold, Log: zap.New(core)})
@@ -174,6 +176,62 @@ func TestTakeoverFromPeer(t *testing.T) {
 	b.awaitLog(t, "image taken over", a.path+" does not own it")
 }
 
+// The owner does not let go for one who could not own the image then, nor where
+// another peer keeps it from being activated: nobody would own it.
+func TestTakeoverInVain(t *testing.T) {
+	for name, c := range map[string]struct {
+		cannot error
+		more   []string // peers, beside the owner
+		log    string
+	}{
+		"cannot be opened":  {syscall.EACCES, nil, "could not be owned here: permission denied"},
+		"a peer is silent":  {nil, []string{silentSocket(t)}, "not activated without the peer's word"},
+		"two, and no proof": {nil, []string{silentSocket(t), newBed(t, 1).listen(t, Config{})}, "not activated without the peer's word"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			var lock atomic.Pointer[sharedImage]
+			a := newExporter(t, &lock, 1, 0)
+			b := newExporter(t, &lock, 2, 0, append([]string{a.path}, c.more...)...)
+			b.target.Image.(*sharedImage).cannot, b.scope = c.cannot, "host-local"
+			a.activate(t)
+			b.held.Store(1)
+			b.target.Takeover.Want()
+			b.awaitLog(t, "the image cannot be taken over yet", c.log)
+			b.held.Store(0)
+			b.awaitLog(t, "image not taken over", c.log)
+			if s := a.target.Machine.Status().State; s != state.Active {
+				t.Errorf("the owner is %s", s)
+			}
+		})
+	}
+}
+
+// silentSocket accepts connections and says nothing.
+func silentSocket(t testing.TB) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "silent")
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = l.Close() })
+	return path
+}
+
+// Silent peers are waited for at once, so that there is time left for the write.
+func TestTakeoverSilentPeers(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	e := newExporter(t, &lock, 1, 0, silentSocket(t), silentSocket(t), silentSocket(t))
+	e.held.Store(1)
+	began := time.Now()
+	e.target.Takeover.Want()
+	e.awaitLog(t, "image taken over", "does not greet")
+	if hold := e.target.Machine.HoldFor(); time.Since(began) > hold {
+		t.Errorf("it took longer than the %v for which a write is held", hold)
+	}
+}
+
 // The image is kept for a while, however often it is asked for.
 func TestTakeoverMinHold(t *testing.T) {
 	var lock atomic.Pointer[sharedImage]
@@ -191,12 +249,7 @@ func TestTakeoverMinHold(t *testing.T) {
 
 // A takeover needs nobody's word where the peer is gone or the locks tell.
 func TestTakeoverWithoutAnswer(t *testing.T) {
-	silent := filepath.Join(t.TempDir(), "silent")
-	l, err := net.Listen("unix", silent)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = l.Close() })
+	silent := silentSocket(t)
 	nobody := filepath.Join(t.TempDir(), "nobody")
 	other := newBed(t, 1).listen(t, Config{}) // proves nothing
 	for name, c := range map[string]struct {
@@ -266,13 +319,13 @@ func TestTakeoverRecord(t *testing.T) {
 		if err := os.WriteFile(record.Path, []byte(c.text), 0o600); err != nil {
 			t.Fatal(err)
 		}
-		said, given, err := tk.silent("peer", c.lives, errors.New("why"))
-		if given || (err == nil) != c.taken || (said != "") != c.taken {
-			t.Errorf("%s: %q, %v, %v", name, said, given, err)
+		said, err := tk.silent("peer", c.lives, errors.New("why"))
+		if (err == nil) != c.taken || (said != "") != c.taken {
+			t.Errorf("%s: %q, %v", name, said, err)
 		}
 		if c.taken {
 			record.Path = ""
-			if _, _, err := tk.silent("peer", c.lives, errors.New("why")); err == nil {
+			if _, err := tk.silent("peer", c.lives, errors.New("why")); err == nil {
 				t.Errorf("%s: a record that is not kept tells", name)
 			}
 			record.Path = image + ".owner"
