@@ -154,7 +154,8 @@ func (t *Takeover) run() {
 		wait := pause/2 + rand.N(pause)
 		pause = min(2*pause, backOffMost)
 		if l != nil && l.wait > 0 {
-			wait = l.wait + rand.N(backOffFirst)
+			// Not all of it: the peer may end, or be told to let go.
+			wait = min(l.wait, backOffMost) + rand.N(backOffFirst)
 		}
 		if !t.sleep(wait) {
 			break

@@ -247,6 +247,21 @@ func TestTakeoverMinHold(t *testing.T) {
 	b.awaitLog(t, "later", "it has been active for", "of at least 200ms")
 }
 
+// One that has to wait for long sees it when the image is free before that.
+func TestTakeoverFreeEarly(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	a := newExporter(t, &lock, 1, time.Hour)
+	b := newExporter(t, &lock, 2, 0, a.path)
+	a.activate(t)
+	done := make(chan struct{})
+	go func() { defer close(done); b.write(t) }()
+	b.awaitLog(t, "later", "it has been active for", "of at least 1h0m0s")
+	if err := a.Inactivate(t.Context(), InactivateOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	<-done
+}
+
 // A takeover needs nobody's word where the peer is gone or the locks tell.
 func TestTakeoverWithoutAnswer(t *testing.T) {
 	silent := silentSocket(t)
