@@ -175,12 +175,20 @@ func (c *Client) during(ctx context.Context, f func() error) error {
 	if ctx.Err() != nil {
 		return context.Cause(ctx)
 	}
-	stop := context.AfterFunc(ctx, func() { _ = c.nc.SetDeadline(time.Unix(1, 0)) })
+	over := make(chan struct{})
+	stop := context.AfterFunc(ctx, func() {
+		defer close(over)
+		_ = c.nc.SetDeadline(time.Unix(1, 0))
+	})
 	err := f()
-	if !stop() && err != nil {
+	if stop() {
+		return err
+	}
+	<-over
+	if err != nil {
 		return context.Cause(ctx)
 	}
-	return err
+	return c.nc.SetDeadline(time.Time{}) // it came just in time; the next may wait
 }
 
 // setActive are the arguments of blockdev-set-active.

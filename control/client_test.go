@@ -74,6 +74,20 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
+// A connection is of use after a context that ended just as the answer came.
+func TestEndsWithAnswer(t *testing.T) {
+	c := dial(t, newBed(t, 0).listen(t, Config{}))
+	for range 100 {
+		ctx, cancel := context.WithCancel(t.Context())
+		if err := c.during(ctx, func() error { cancel(); return nil }); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Execute(t.Context(), "query-version", nil, nil); err != nil {
+			t.Fatalf("afterwards: %v", err)
+		}
+	}
+}
+
 // The client passes over events and late answers, and tells a server that is
 // gone from one that refuses.
 func TestExecute(t *testing.T) {
