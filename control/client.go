@@ -20,6 +20,27 @@ import (
 // serves a single client at a time lets the others wait for ever.
 const greetingTimeout = 5 * time.Second
 
+// maxAnswer bounds an answer, in bytes: a server that has lost its mind must not
+// take ours. One about a thousand images has some megabytes.
+const maxAnswer = 64 << 20
+
+// answers is a server's stream, of which left bytes more, of most, may be the
+// answer.
+type answers struct {
+	r          io.Reader
+	most, left int
+}
+
+// Read implements io.Reader.
+func (a *answers) Read(p []byte) (int, error) {
+	if a.left == 0 {
+		return 0, fmt.Errorf("its answer is longer than %d bytes", a.most)
+	}
+	n, err := a.r.Read(p[:min(len(p), a.left)])
+	a.left -= n
+	return n, err
+}
+
 // Client orders on a control socket: ours, or the QMP monitor of QEMU's
 // daemons. Its methods may be called concurrently; commands run one after
 // the other.
@@ -28,7 +49,8 @@ type Client struct {
 
 	mu     sync.Mutex
 	nc     net.Conn
-	in     *json.Decoder
+	stream answers
+	in     *json.Decoder // of stream
 	nextID uint64
 	broken error // the stream is out of step
 }
@@ -68,7 +90,8 @@ func Dial(ctx context.Context, ctl string) (*Client, error) {
 // NewClient makes a client of an open connection, which it closes on failure.
 // peer is what messages call the other side.
 func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
-	c := &Client{peer: peer, nc: nc, in: json.NewDecoder(nc)}
+	c := &Client{peer: peer, nc: nc, stream: answers{r: nc, most: maxAnswer}}
+	c.in = json.NewDecoder(&c.stream)
 	limit := greetingTimeout
 	if _, ok := nc.(*execConn); ok {
 		limit = execTimeout
@@ -76,7 +99,7 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	var hello struct{ QMP *json.RawMessage }
-	err := c.during(ctx, func() error { return c.in.Decode(&hello) })
+	err := c.during(ctx, func() error { return c.receive(&hello) })
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		err = fmt.Errorf("%s accepts connections but does not greet; is another client using it, or is it no control socket?", peer)
@@ -130,7 +153,7 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 		}
 		for {
 			reply.ID, reply.Event, reply.Return, reply.Error = nil, "", nil, nil
-			if err := c.in.Decode(&reply); err != nil {
+			if err := c.receive(&reply); err != nil {
 				return err
 			}
 			if reply.ID != nil && *reply.ID == request.ID {
@@ -157,6 +180,12 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 		return fmt.Errorf("%s: answer to %s: %w", c.peer, command, err)
 	}
 	return nil
+}
+
+// receive takes the next answer, or event, off the stream.
+func (c *Client) receive(v any) error {
+	c.stream.left = c.stream.most
+	return c.in.Decode(v)
 }
 
 // explain makes a sentence of what ended the stream.

@@ -74,6 +74,25 @@ func TestStrangers(t *testing.T) {
 	}
 }
 
+// An answer without end takes no memory without end.
+func TestEndlessAnswer(t *testing.T) {
+	text := hello + `{"return":{},"id":1} {"return":[` + strings.Repeat("0,", 2500) + `0],"id":2} {"return":"` + strings.Repeat("x", 20000)
+	c, err := NewClient(t.Context(), speak(t, text), "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.stream.most != maxAnswer {
+		t.Errorf("%d bytes are taken", c.stream.most)
+	}
+	c.stream.most = 10000
+	if err := c.Execute(t.Context(), "a", nil, nil); err != nil {
+		t.Error(err)
+	}
+	if err := c.Execute(t.Context(), "b", nil, nil); err == nil || err.Error() != "x: command b: its answer is longer than 10000 bytes" {
+		t.Errorf("got %v", err)
+	}
+}
+
 // A connection is of use after a context that ended just as the answer came.
 func TestEndsWithAnswer(t *testing.T) {
 	c := dial(t, newBed(t, 0).listen(t, Config{}))
