@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	mrand "math/rand/v2"
 	"slices"
 	"strings"
 	"time"
@@ -46,6 +47,10 @@ const (
 	// lagPause is between two looks.
 	lagLimit = 5 * time.Second
 	lagPause = 50 * time.Millisecond
+	// proofTries is how often a proof begins anew that another one's word has
+	// disturbed, and proofPause how long it waits before, at most.
+	proofTries = 5
+	proofPause = 50 * time.Millisecond
 )
 
 // SameImages finds for each image of a, or those with these nodes, the one of
@@ -57,34 +62,60 @@ const (
 // It changes nothing but the nonce in owner records. It blocks for as long as
 // the storage of either side does, or until ctx ends.
 func SameImages(ctx context.Context, a, b Prover, assume bool, nodes ...string) ([]Pair, error) {
-	nonce := rand.Text()
-	as, err := a.Identify(ctx, nonce+"-a", nodes...)
-	if err != nil {
+	for try := 1; ; try++ {
+		p := proof{a: a, b: b, nonce: rand.Text()}
+		pairs, err := p.run(ctx, assume, nodes)
+		if err == nil || ctx.Err() != nil || !p.overwritten(ctx) {
+			return pairs, err
+		}
+		if try == proofTries {
+			return nil, fmt.Errorf("%w; somebody else has it proven at the same time, which hides what the owner wrote: try again", err)
+		}
+		select {
+		case <-time.After(mrand.N(proofPause)):
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w (%w)", err, context.Cause(ctx))
+		}
+	}
+}
+
+// proof is one try of SameImages.
+type proof struct {
+	a, b   Prover
+	nonce  string
+	as, bs []Identity
+}
+
+// The owners of either side note different words.
+func (p *proof) nonceA() string { return p.nonce + "-a" }
+func (p *proof) nonceB() string { return p.nonce + "-b" }
+
+func (p *proof) run(ctx context.Context, assume bool, nodes []string) (pairs []Pair, err error) {
+	if p.as, err = p.a.Identify(ctx, p.nonceA(), nodes...); err != nil {
 		return nil, err
 	}
 	answer := ""
-	if slices.ContainsFunc(as, func(i Identity) bool { return !i.Noted }) {
-		answer = nonce + "-b" // it may own what a does not
+	if slices.ContainsFunc(p.as, func(i Identity) bool { return !i.Noted }) {
+		answer = p.nonceB() // it may own what a does not
 	}
-	bs, err := b.Identify(ctx, answer)
-	if err != nil {
+	if p.bs, err = p.b.Identify(ctx, answer); err != nil {
 		return nil, err
 	}
-	if len(as) == 0 {
+	if len(p.as) == 0 {
 		return nil, errors.New("there is no image to compare")
 	}
 	for until := time.Now().Add(lagLimit); ; {
-		if slices.ContainsFunc(bs, func(i Identity) bool { return i.Noted }) {
+		if slices.ContainsFunc(p.bs, func(i Identity) bool { return i.Noted }) {
 			// What b wrote a has not seen yet.
-			if as, err = reread(ctx, a, as); err != nil {
+			if p.as, err = reread(ctx, p.a, p.as); err != nil {
 				return nil, err
 			}
 		}
-		pairs, err := match(as, bs, nodes, assume)
+		pairs, err := match(p.as, p.bs, nodes, assume)
 		if err == nil {
 			return pairs, nil
 		}
-		if !slices.ContainsFunc(slices.Concat(as, bs), func(i Identity) bool { return i.Lags }) || time.Now().After(until) {
+		if !slices.ContainsFunc(slices.Concat(p.as, p.bs), func(i Identity) bool { return i.Lags }) || time.Now().After(until) {
 			return nil, err
 		}
 		select {
@@ -92,13 +123,27 @@ func SameImages(ctx context.Context, a, b Prover, assume bool, nodes ...string) 
 		case <-ctx.Done():
 			return nil, fmt.Errorf("%w (%w)", err, context.Cause(ctx))
 		}
-		if as, err = reread(ctx, a, as); err != nil {
+		if p.as, err = reread(ctx, p.a, p.as); err != nil {
 			return nil, err
 		}
-		if bs, err = reread(ctx, b, bs); err != nil {
+		if p.bs, err = reread(ctx, p.b, p.bs); err != nil {
 			return nil, err
 		}
 	}
+}
+
+// overwritten reports whether another proof has put its word where ours was: a
+// record has room for one, and two exporters may want an image at once.
+func (p *proof) overwritten(ctx context.Context) bool {
+	look := func(side Prover, was []Identity, nonce string) bool {
+		was = slices.DeleteFunc(slices.Clone(was), func(i Identity) bool { return !i.Noted })
+		if len(was) == 0 {
+			return false
+		}
+		now, err := reread(ctx, side, was)
+		return err == nil && slices.ContainsFunc(now, func(i Identity) bool { return i.Active && i.RecordError == "" && i.Nonce != noteFor(nonce, i.Node) })
+	}
+	return look(p.a, p.as, p.nonceA()) || look(p.b, p.bs, p.nonceB())
 }
 
 // reread looks again at what a side has; what it noted stays noted.

@@ -159,6 +159,49 @@ func TestProve(t *testing.T) {
 	}
 }
 
+// disturbed is a side whose owner is asked for another proof, so many times,
+// before it looks.
+type disturbed struct {
+	*fakeSide
+	owner *fakeSide
+	times int
+}
+
+func (d *disturbed) Identify(ctx context.Context, nonce string, nodes ...string) ([]Identity, error) {
+	if d.times > 0 {
+		d.times--
+		if _, err := d.owner.Identify(ctx, fmt.Sprint("other", d.times)); err != nil {
+			return nil, err
+		}
+	}
+	return d.fakeSide.Identify(ctx, nonce, nodes...)
+}
+
+// Two proofs at once do not refuse each other, whoever is the owner; what is
+// another image is seen to be one all the same.
+func TestSameImagesTwice(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newFakeStore(2)
+		owner, other := newFakeSide("owner", s, true), newFakeSide("other", s, false)
+		copied := newFakeSide("copy", newFakeStore(2), false)
+		for times := range 4 {
+			if _, err := SameImages(t.Context(), owner, &disturbed{other, owner, times}, false); err != nil {
+				t.Errorf("the owner asks, disturbed %d times: %v", times, err)
+			}
+			if _, err := SameImages(t.Context(), &disturbed{other, owner, times}, owner, false); err != nil {
+				t.Errorf("the owner is asked, disturbed %d times: %v", times, err)
+			}
+			if _, err := SameImages(t.Context(), owner, &disturbed{copied, owner, times}, false); err == nil {
+				t.Error("a copy is taken for the image")
+			}
+		}
+		_, err := SameImages(t.Context(), owner, &disturbed{other, owner, 1000}, false)
+		if err == nil || !strings.Contains(err.Error(), "at the same time") {
+			t.Errorf("disturbed for ever: %v", err)
+		}
+	})
+}
+
 // lagging shows the record of its storage only after a while.
 type lagging struct {
 	*fakeSide
