@@ -50,7 +50,7 @@ func TestRun(t *testing.T) {
 		}
 	}
 	run("nbd-server-start", "addr.type=inet,addr.host=localhost", "Parameter 'addr.port' is missing")
-	run("nbd-server-start", "addr.type=unix,addr.path="+g.dir+"/nbd,max-connections=x", "Invalid parameter type for 'max-connections', expected: integer")
+	run("nbd-server-start", "addr.type=unix,addr.path="+g.dir+"/nbd,max-connections=x", "Parameter 'max-connections' expects integer")
 	run("nbd-server-start", "addr.type=unix,addr.path="+g.dir+"/nbd,max-connections=7", "")
 	run("blockdev-add", "file,node-name=f,filename=a,active=maybe", "Invalid parameter type for 'active', expected: boolean")
 	run("blockdev-add", "file,node-name=f,filename=a", "")

@@ -110,7 +110,8 @@ func checkAll(checked args, params []param, path string, given *object) error {
 
 func (p param) check(path string, v any) (any, error) {
 	expected := p.kind
-	if w, ok := v.(word); ok {
+	w, fromWord := v.(word)
+	if fromWord {
 		v = w.as(p.kind)
 	}
 	switch p.kind {
@@ -122,19 +123,25 @@ func (p param) check(path string, v any) (any, error) {
 		if s, ok := v.(string); ok {
 			return s, p.allowed(p.name, s)
 		}
-	case integer, uint32s:
-		expected = integer
-		n, ok := v.(number)
-		if !ok {
-			break
+	case integer:
+		if n, ok := v.(number); ok {
+			if i, err := strconv.ParseInt(string(n), 10, 64); err == nil {
+				return i, nil
+			}
 		}
+	case uint32s:
+		n, _ := v.(number)
 		i, err := strconv.ParseInt(string(n), 10, 64)
-		if p.kind == uint32s && (i < 0 || i > math.MaxUint32) {
-			return nil, generic("Parameter '%s' expects %s", path+p.name, uint32s)
-		}
-		if err == nil {
+		_, above := strconv.ParseUint(string(n), 10, 64)
+		switch {
+		case err == nil && 0 <= i && i <= math.MaxUint32:
 			return i, nil
+		case err == nil || above == nil:
+			return nil, generic("Parameter '%s' expects %s", path+p.name, uint32s)
+		case fromWord:
+			return nil, generic("Parameter '%s' expects integer", path+p.name)
 		}
+		return nil, generic("Parameter '%s' expects uint64", path+p.name)
 	case texts:
 		if list, ok := v.([]any); ok {
 			return p.texts(path, list)
