@@ -57,7 +57,7 @@ func init() {
 				param{name: "x-if-unchanged", kind: boolean},
 				param{name: "x-abandon", kind: boolean},
 				nodes,
-				param{name: "x-order", kind: text},
+				param{name: "x-order", kind: text, longest: maxOrderName},
 			),
 			run: (*session).setActive,
 		},
@@ -78,7 +78,7 @@ func init() {
 			),
 			run: (*session).takeover,
 		},
-		{name: "x-cancel", fields: with(node, nodes, param{name: "order", kind: text}), run: (*session).cancel},
+		{name: "x-cancel", fields: with(node, nodes, param{name: "order", kind: text, longest: maxOrderName}), run: (*session).cancel},
 	}
 }
 

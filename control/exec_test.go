@@ -152,6 +152,19 @@ func TestOrders(t *testing.T) {
 	}
 }
 
+// Names that are to be remembered have a bound.
+func TestOrderNames(t *testing.T) {
+	c := dial(t, newBed(t, 1).listen(t, Config{}))
+	long := strings.Repeat("x", 1000)
+	_, _, err := c.takeBack(t.Context(), long, nil)
+	if err == nil || err.Error() != "Parameter 'order' is longer than 64 bytes" {
+		t.Errorf("taken back: %v", err)
+	}
+	if err := c.setActive(t.Context(), setActive{Active: true, Order: long}, nil); err == nil || err.Error() != "Parameter 'x-order' is longer than 64 bytes" {
+		t.Errorf("ordered: %v", err)
+	}
+}
+
 // An order that is taken back on another connection does not begin, and one
 // under way is told of.
 func TestTakeBack(t *testing.T) {

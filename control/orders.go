@@ -5,8 +5,12 @@ import (
 	"sync"
 )
 
-// mostVoid is how many orders are remembered that were taken back.
-const mostVoid = 1000
+const (
+	// mostVoid is how many orders are remembered that were taken back.
+	mostVoid = 1000
+	// maxOrderName is the longest name of an order, in bytes.
+	maxOrderName = 64
+)
 
 // orders knows the orders that clients have given a name. A client that gets
 // no answer, because its connection broke, cannot know whether its order is

@@ -30,6 +30,7 @@ type param struct {
 	kind     kind
 	required bool
 	values   []string // what a string, or each of texts, may be; nil: anything
+	longest  int      // of a string, in bytes; 0: any length
 	fields   *fields  // of nested and nodeRef
 }
 
@@ -121,6 +122,9 @@ func (p param) check(path string, v any) (any, error) {
 		}
 	case text:
 		if s, ok := v.(string); ok {
+			if p.longest > 0 && len(s) > p.longest {
+				return nil, generic("Parameter '%s' is longer than %d bytes", path+p.name, p.longest)
+			}
 			return s, p.allowed(p.name, s)
 		}
 	case integer:
