@@ -157,13 +157,8 @@ func (h *handover) plan(from, to *Status) error {
 		case a.State == stateInactive && b.State == stateActive: // as it should be
 			continue
 		default:
-			cause := ""
-			for _, s := range []*ImageStatus{a, b} {
-				if s.Cause != "" {
-					cause = ": " + s.Cause
-				}
-			}
-			return fmt.Errorf("%s is %s at the source and %s at the destination%s", a.Image, a.State, b.State, cause)
+			return fmt.Errorf("%s is %s at the source and %s at the destination%s%s", a.Image, a.State, b.State,
+				failedText(h.from, a), failedText(h.to, b))
 		}
 		switch {
 		case p.B.Unusable != "":
@@ -173,6 +168,20 @@ func (h *handover) plan(from, to *Status) error {
 		}
 	}
 	return errors.Join(plainGroup(h.from, from, h.give), plainGroup(h.to, to, h.take))
+}
+
+// failedText is what there is to say, and to do, about an image that failed; ""
+// if it has not.
+func failedText(s Side, i *ImageStatus) string {
+	if !i.State.failed() {
+		return ""
+	}
+	cause := ""
+	if i.Cause != "" {
+		cause = ": " + i.Cause
+	}
+	return fmt.Sprintf("%s; give it up with nbd-export inactivate --abandon --control %s%s, although writes may be lost, or end that server",
+		cause, quote(s.Name()), nodeFlags([]string{i.Node}))
 }
 
 // plainGroup refuses what QEMU's daemon cannot do: it moves one node, or all.

@@ -210,8 +210,8 @@ func TestHandoverRefused(t *testing.T) {
 		"other format":       {func(a, b *fakeSide) { b.format = "qcow2" }, "qcow2 at the other (node image0)"},
 		"unusable":           {func(a, b *fakeSide) { b.unusable = "permission denied" }, "permission denied"},
 		"read-only":          {func(a, b *fakeSide) { b.readOnly = true }, "without --read-only"},
-		"source failed":      {func(a, b *fakeSide) { a.failed = "failed(io)" }, "failed(io) at the source and inactive at the destination; give it up there with inactivate --abandon"},
-		"destination failed": {func(a, b *fakeSide) { b.failed = "failed(fenced)" }, "failed(fenced) at the destination; give it up there with inactivate --abandon"},
+		"source failed":      {func(a, b *fakeSide) { a.failed = "failed(io)" }, "failed(io) at the source and inactive at the destination; give it up with nbd-export inactivate --abandon --control a --node image0,"},
+		"destination failed": {func(a, b *fakeSide) { b.failed = "failed(fenced)" }, "failed(fenced) at the destination; give it up with nbd-export inactivate --abandon --control b --node image0,"},
 		"two owners": {func(a, b *fakeSide) {
 			for _, d := range a.store.images {
 				d.owners = append(d.owners, b)
