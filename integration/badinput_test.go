@@ -105,6 +105,12 @@ func TestUnreadableImage(t *testing.T) {
 		t.Fatal(err)
 	}
 	fails(image)
+	// It can be served without ownership, but who is to take over has to know.
+	p := spawn(t, "nbd-export", prepare, self, "serve", "-f", "raw", "-k", dir+"/nbd", "--inactive", image)
+	p.log.wait(t, 0, "the image cannot be written", func(l string) bool {
+		return strings.Contains(l, "warn") && strings.Contains(l, "could not be activated") && strings.Contains(l, "permission denied")
+	})
+	p.stop()
 }
 
 func TestBadFormats(t *testing.T) {

@@ -196,8 +196,21 @@ func (d *daemon) add(opt imageOptions) error {
 	}
 	if !opt.inactive {
 		d.activate = append(d.activate, target.Node)
+	} else if err := unusable(target.Image); err != nil {
+		d.log.Warn("the image could not be activated as it is", zap.String("image", opt.Path), zap.Error(err))
 	}
 	return d.nbd.Add(target.Served)
+}
+
+// unusable is what would keep an inactive image from being activated, nil if
+// nothing is known that would.
+func unusable(img backend.Image) error {
+	i, ok := img.(interface{ Identify() backend.Identity })
+	if !ok {
+		return nil
+	}
+	id := i.Identify()
+	return cmp.Or(id.OpenErr, id.RecordErr)
 }
 
 // open opens an image, inactive, with all that serves it but nodes and exports.

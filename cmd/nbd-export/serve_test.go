@@ -243,6 +243,23 @@ func TestServeRefused(t *testing.T) {
 	owner.end(t)
 }
 
+// What would keep an image from being activated is told at the start.
+func TestServeInactiveUnusable(t *testing.T) {
+	img := newImage(t)
+	if err := os.WriteFile(img+".owner", []byte("scribble"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := start(t, "serve", "-f", "raw", "-k", filepath.Join(filepath.Dir(img), "a.sock"), "--log-format", "json", "--inactive", img)
+	if l := c.expect(t, "could not be activated"); l.Level != "warn" || !strings.Contains(l.Error, "this is no owner record") {
+		t.Errorf("%+v", l)
+	}
+	c.expect(t, "listening")
+	c.signal(t, syscall.SIGTERM)
+	if status, words := c.end(t); status != 0 {
+		t.Errorf("exit %d: %s", status, words)
+	}
+}
+
 // Inactive means that nothing is changed, whatever ends the process.
 func TestInactiveTouchesNothing(t *testing.T) {
 	img := newImage(t)
