@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -46,6 +47,7 @@ func (n *NBD) taken() bool {
 type NBDOptions struct {
 	Shared           int           // as in export.Server
 	HandshakeTimeout time.Duration // as in export.Server; negative for none
+	TLS              *tls.Config   // as in export.Server
 	// Failed is told of a listener that fails for good; nil logs it.
 	Failed func(error)
 }
@@ -78,6 +80,7 @@ func (n *NBD) Start(opt NBDOptions, ls ...net.Listener) error {
 	}
 	server := &export.Server{
 		Exports: &n.exports, Mover: n.Mover, Log: n.Log, Shared: opt.Shared, HandshakeTimeout: opt.HandshakeTimeout,
+		TLS: opt.TLS,
 	}
 	n.server, n.reserved = server, false
 	for _, l := range ls {

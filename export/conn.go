@@ -20,8 +20,8 @@ import (
 // broken invariant, and a process that owns a disk must not go on after one.
 type conn struct {
 	srv      *Server
-	number   uint64 // in the order of arrival
-	nc       net.Conn
+	number   uint64   // in the order of arrival
+	nc       net.Conn // below TLS
 	remote   string
 	since    time.Time
 	deadline time.Time // of the handshake; zero means none
@@ -43,9 +43,16 @@ func (c *conn) run() {
 
 	name := zap.String("export", a.export.Name)
 	client := zap.String("client", c.remote)
-	log.Info("client connected", client, name)
+	stream := c.nc
+	if a.secure == nil {
+		log.Info("client connected", client, name)
+	} else {
+		// c.nc stays what it was: closing TLS waits to say goodbye.
+		stream = a.secure
+		log.Info("client connected over TLS", client, name, zap.String("certificate", a.certificate()))
+	}
 	codec := newCodec(a.terms)
-	err = c.srv.Mover.Serve(c.nc, codec, a.export.Disk)
+	err = c.srv.Mover.Serve(stream, codec, a.export.Disk)
 	if err == nil {
 		err = codec.ended()
 	}
@@ -65,6 +72,7 @@ func (c *conn) handshake() (agreement, error) {
 		stopping: c.srv.isStopping,
 		enter:    c.enter,
 		alone:    c.srv.Shared == 1,
+		tls:      c.srv.TLS,
 	}
 	return h.run()
 }
@@ -106,11 +114,7 @@ func (c *conn) hurry() {
 // endInput makes the connection's reader see the end of the stream, after
 // what has arrived; replies can still be sent. Called under srv.mu.
 func (c *conn) endInput() {
-	nc := c.nc
-	if t, ok := nc.(interface{ NetConn() net.Conn }); ok { // TLS
-		nc = t.NetConn()
-	}
-	if h, ok := nc.(interface{ CloseRead() error }); ok {
+	if h, ok := c.nc.(interface{ CloseRead() error }); ok {
 		_ = h.CloseRead()
 		return
 	}

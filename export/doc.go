@@ -13,9 +13,10 @@
 //     that did not claim fixed newstyle are answered all the same: it may not
 //     rely on that, but clients that forget the flag do (go-nbd's List).
 //   - Options: EXPORT_NAME, ABORT, LIST, INFO, GO, STRUCTURED_REPLY,
-//     LIST_META_CONTEXT and SET_META_CONTEXT. STARTTLS, EXTENDED_HEADERS and
-//     everything unknown get ERR_UNSUP and haggling goes on. Errors carry a
-//     text that says what is wrong.
+//     LIST_META_CONTEXT and SET_META_CONTEXT, and STARTTLS where the server has
+//     certificates: then all others but ABORT get ERR_TLS_REQD before it.
+//     EXTENDED_HEADERS and everything unknown get ERR_UNSUP and haggling goes
+//     on. Errors carry a text that says what is wrong.
 //   - Infos: EXPORT and BLOCK_SIZE always; NAME and DESCRIPTION on request.
 //   - Metadata context: base:allocation.
 //   - Transmission flags: SEND_FLUSH, SEND_FUA and SEND_CACHE always;

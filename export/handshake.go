@@ -1,6 +1,7 @@
 package export
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -42,10 +43,12 @@ type handshake struct {
 	enter func(*Export) error
 	// alone: a second connection of the client would be refused.
 	alone bool
+	tls   *tls.Config // nil for none; otherwise nothing is told without it
 
 	noZeroes bool
+	secure   *tls.Conn // conn, once STARTTLS has made it one
 
-	// What options have agreed on so far. A STARTTLS would clear it.
+	// What options have agreed on so far. STARTTLS clears it.
 	structured bool
 	meta       selection
 	last       frozen
@@ -57,6 +60,7 @@ type handshake struct {
 type agreement struct {
 	export *Export
 	terms  terms
+	secure *tls.Conn // nil without TLS
 }
 
 // selection is what the last SET_META_CONTEXT selected.

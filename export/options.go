@@ -16,6 +16,9 @@ func (h *handshake) option(opt, length uint32, data []byte) (agreement, error) {
 	if opt != wire.OptGo {
 		h.last.valid = false
 	}
+	if done, err := h.tooOpen(opt); done {
+		return agreement{}, err
+	}
 	if h.stopping() && opt != wire.OptAbort {
 		if opt == wire.OptExportName {
 			return agreement{}, errStopping
@@ -48,7 +51,7 @@ func (h *handshake) option(opt, length uint32, data []byte) (agreement, error) {
 		h.structured = true
 		return agreement{}, h.reply(opt, wire.RepAck, nil)
 	case wire.OptStartTLS:
-		return agreement{}, h.fail(opt, wire.RepErrUnsup, "this server does not use TLS")
+		return agreement{}, h.startTLS()
 	}
 	return agreement{}, h.fail(opt, wire.RepErrUnsup, "%s is not supported", optionName(opt))
 }
@@ -177,6 +180,7 @@ func (h *handshake) infos(opt uint32, f *facts, requests []byte) error {
 func (h *handshake) agree(f facts) agreement {
 	return agreement{
 		export: f.export,
+		secure: h.secure,
 		terms: terms{
 			size:         f.size,
 			trans:        f.trans,

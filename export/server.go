@@ -3,6 +3,7 @@ package export
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"maps"
 	"math"
@@ -57,6 +58,8 @@ type Server struct {
 	// what a handover and its orders need. Beyond it a connection is closed at
 	// once. With 1 clients are not told that they may open more.
 	Shared int
+	// TLS, if not nil, is required of every client; see NewTLS.
+	TLS *tls.Config
 	// HandshakeTimeout bounds a handshake as a whole; 0 means 10 s.
 	HandshakeTimeout time.Duration
 

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -25,13 +26,14 @@ type daemonOptions struct {
 	tcp       string // NBD address, "" for none
 	control   string // control socket path, "" for none
 	inherited inherited
-	pidFile   string // "" for none
-	memory    int64  // bytes
-	shared    int    // connections, 0 for no limit
-	dirty     int64  // bytes that an inactivation may leave when its gate closes
-	engine    string // "auto", "portable" or "uring"
-	fork      bool   // serve in another process
-	parent    parent // that waits for this one to serve
+	pidFile   string            // "" for none
+	memory    int64             // bytes
+	shared    int               // connections, 0 for no limit
+	tls       export.TLSOptions // of unix and tcp; without a directory there is no TLS
+	dirty     int64             // bytes that an inactivation may leave when its gate closes
+	engine    string            // "auto", "portable" or "uring"
+	fork      bool              // serve in another process
+	parent    parent            // that waits for this one to serve
 	first     []startOrder
 
 	// Of qcow2 images:
@@ -93,6 +95,7 @@ type daemon struct {
 	control  *control.Server
 
 	supervisor      control.Supervisor
+	tls             *tls.Config    // of listeners, nil for none
 	listeners       []net.Listener // of nbd, until it serves them
 	controlListener net.Listener   // nil for none
 	pidFile         *control.PIDFile
@@ -153,6 +156,13 @@ func (d *daemon) listen() error {
 			return err
 		}
 		d.controlListener = l
+	}
+	if d.opt.tls.Dir != "" {
+		c, err := export.NewTLS(d.opt.tls)
+		if err != nil {
+			return err
+		}
+		d.tls = c
 	}
 	if d.opt.unix != "" || d.opt.tcp != "" || len(d.listeners) > 0 {
 		d.nbd.Reserve()
@@ -309,7 +319,8 @@ func (d *daemon) run(signals *control.Signals) error {
 	}
 	d.serving.Store(true)
 	if len(d.listeners) > 0 {
-		if err := d.nbd.Start(control.NBDOptions{Shared: d.opt.shared, Failed: func(err error) { d.failed <- err }}, d.listeners...); err != nil {
+		opt := control.NBDOptions{Shared: d.opt.shared, TLS: d.tls, Failed: func(err error) { d.failed <- err }}
+		if err := d.nbd.Start(opt, d.listeners...); err != nil {
 			return err
 		}
 	}

@@ -33,11 +33,11 @@ var elsewhere = map[string]string{
 	"offset":           noPart,
 	"P":                noPart,
 	"partition":        noPart,
-	"object":           noTLS,
-	"tls":              noTLS,
-	"tls-authz":        noTLS,
-	"tls-creds":        noTLS,
-	"tls-hostname":     noTLS,
+	"object":           isTLS,
+	"tls":              isTLS,
+	"tls-authz":        "who has a certificate of the authority in ca-cert.pem may connect",
+	"tls-creds":        isTLS,
+	"tls-verify-peer":  "it is --tls-clients verify, and so without it",
 	"pidfile":          "it is --pid-file",
 	"readonly":         "it is --read-only",
 	"s":                "to keep an image as it is, serve an overlay of it (nbd-export create -b IMAGE)",
@@ -50,7 +50,7 @@ const (
 	noDevice = "serve the image, then nbd-client -unix SOCKET /dev/nbdN -b 4096 connects a device, and nbd-client -d /dev/nbdN disconnects it"
 	noList   = "nbdinfo --list URI shows the exports of a server"
 	noPart   = "an image is served as a whole; nbdkit has filters for parts (offset, partition)"
-	noTLS    = "there is no TLS yet: listen on a Unix socket, and tunnel it (ssh -L)"
+	isTLS    = "it is --tls-certificates DIR"
 )
 
 // flagError adds to the error of a flag that a verb does not have what may have

@@ -30,6 +30,7 @@ func newServeCommand(signals *control.Signals) *cobra.Command {
 	locking := choose("auto", "on", "off")
 	dropCache := choose("auto", "on", "off")
 	discard := choose("unmap", "ignore")
+	clients := choose("verify", "any")
 	var persistent bool
 
 	cmd := &cobra.Command{
@@ -47,6 +48,9 @@ Without --socket, --port and --bind it listens on TCP 127.0.0.1:10809, or, start
 by a socket unit of systemd or by a tool of libnbd, on the sockets that it is given
 (docs/running.md). The pid file is written, and systemd told, when connections are
 accepted and the control socket is ready.
+
+With --tls-certificates all clients have to use TLS, those of --socket too
+(docs/tls.md); otherwise keep TCP to networks that you trust.
 
 While inactive, writes get EPERM; with --inactive-writes hold they wait for the
 activation, or a time. With --takeover the first of them brings it about: the
@@ -74,7 +78,7 @@ last write or flush failed.`,
 		Args: oneArg("IMAGE"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			flags := cmd.Flags()
-			if err := needPaths(cmd, "socket"); err != nil {
+			if err := needPaths(cmd, "socket", "tls-certificates"); err != nil {
 				return err
 			}
 			log, err := process.settle(cmd, &d)
@@ -91,6 +95,8 @@ last write or flush failed.`,
 				return usageError{errors.New("serve: --owner-record needs a path, or off")}
 			case port < 0 || port > 65535:
 				return usageError{fmt.Errorf("serve: --port %d is not between 0 and 65535", port)}
+			case flags.Changed("tls-clients") && d.tls.Dir == "":
+				return usageError{errors.New("serve: --tls-clients is of use only with --tls-certificates")}
 			case d.shared < 0:
 				return usageError{fmt.Errorf("serve: --shared %d is negative; 0 means unlimited", d.shared)}
 			}
@@ -116,6 +122,7 @@ last write or flush failed.`,
 			if err := i.demand.settle(cmd, d.control, i.ReadOnly); err != nil {
 				return usageError{fmt.Errorf("serve: %w", err)}
 			}
+			d.tls.AnyClient = clients.value == "any"
 			i.Path, i.Format = args[0], format.value
 			i.Cache, i.Locking = backend.CacheMode(cache.value), backend.LockingMode(locking.value)
 			i.DropCache, i.IgnoreDiscard = backend.DropCacheMode(dropCache.value), discard.value == "ignore"
@@ -126,6 +133,8 @@ last write or flush failed.`,
 	f.StringVarP(&d.unix, "socket", "k", "", "listen on a Unix socket at `PATH`")
 	f.IntVarP(&port, "port", "p", defaultPort, "listen on TCP port `N`; 0 takes a free one")
 	f.StringVarP(&bind, "bind", "b", defaultHost, "listen on TCP address `ADDR`")
+	f.StringVar(&d.tls.Dir, "tls-certificates", "", "require TLS, with the certificates in `DIR`: server-cert.pem, server-key.pem, ca-cert.pem")
+	clients.addTo(cmd, "tls-clients", "", "clients need a certificate of that authority, or none")
 	f.StringVarP(&i.name, "export-name", "x", "", "`NAME` of the export")
 	f.StringVarP(&i.description, "description", "D", "", "`TEXT` that describes the export")
 	format.addTo(cmd, "format", "f", "`FMT` of the image")
@@ -148,5 +157,6 @@ last write or flush failed.`,
 	_ = f.MarkHidden("persistent")
 	f.SortFlags = false
 	_ = cmd.MarkFlagFilename("socket")
+	_ = cmd.MarkFlagDirname("tls-certificates")
 	return cmd
 }
