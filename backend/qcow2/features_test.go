@@ -228,6 +228,28 @@ func TestResize(t *testing.T) {
 	}
 }
 
+// A disk without a byte has no L1 table that its first one could replace.
+func TestResizeOfNothing(t *testing.T) {
+	for _, options := range []string{"compat=0.10", "cluster_size=512", "cluster_size=64k"} {
+		f := made(t, "0", options)
+		im := begun(t, f, Options{})
+		shadow := make([]byte, 5<<20)
+		for _, size := range []int64{1 << 20, 5 << 20} {
+			if err := im.Resize(size); err != nil {
+				t.Fatal(err)
+			}
+			shadowed(t, im, shadow[:size], rand.New(rand.NewPCG(3, uint64(size))), 20)
+		}
+		if err := im.Settle(); err != nil {
+			t.Fatal(err)
+		}
+		checked(t, f.Bytes(), true)
+		if got := readAll(t, opened(t, f, Options{})); !bytes.Equal(got, shadow) {
+			t.Errorf("%s: it reads other bytes at %d", options, differs(got, shadow))
+		}
+	}
+}
+
 // TestResizeWithManyTables: the new L1 table is longer than what one refcount
 // block counts. Whatever a crash leaves is the disk of before, of one of the
 // sizes.

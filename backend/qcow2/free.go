@@ -25,8 +25,11 @@ type limbo struct {
 }
 
 // drop notes that a table does not name a range of host clusters any more,
-// after the table was changed.
+// after the table was changed. Where there was none the range is empty.
 func (im *Image) drop(x hostRange) {
+	if x.n == 0 {
+		return // or the cluster at its offset would go, which is that of the header
+	}
 	im.free.mu.Lock()
 	im.free.drops = append(im.free.drops, x)
 	im.free.mu.Unlock()
