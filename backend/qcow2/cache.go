@@ -169,11 +169,7 @@ func (im *Image) release(s *slice) { s.users.Add(-1) }
 // load brings a slice into memory; one goroutine reads it for all who want it,
 // so that nobody brings in what was read before a change.
 func (im *Image) load(l1, index int64) (*slice, error) {
-	if im.crowded() {
-		if err := im.Flush(); err != nil {
-			return nil, err
-		}
-	}
+	_ = im.makeRoom() // who changes tables is told of an error; to read them there is room
 	c := &im.cache
 	c.mu.Lock()
 	t := im.dirs[l1].Load()
@@ -267,13 +263,17 @@ func (im *Image) forgetTables() {
 	clear(im.dirs)
 }
 
-// crowded reports whether so much of the cache is dirty that it has to be
-// flushed before more comes in.
-func (im *Image) crowded() bool {
+// makeRoom flushes if so much of the cache is dirty that it has to be before more
+// is: it is called before a table changes, and before one comes in.
+func (im *Image) makeRoom() error {
 	c := &im.cache
 	c.dirtyMu.Lock()
-	defer c.dirtyMu.Unlock()
-	return len(c.dirty) > c.limit/2
+	crowded := len(c.dirty) > c.limit/2
+	c.dirtyMu.Unlock()
+	if !crowded {
+		return nil
+	}
+	return im.Flush()
 }
 
 // readSlice reads and checks a slice.

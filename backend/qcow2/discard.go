@@ -148,6 +148,9 @@ func (im *Image) changeCluster(base, off, next int64, change func(base int64, wa
 		return nil
 	}
 	cluster := base >> im.g.ClusterBits
+	if err := im.makeRoom(); err != nil {
+		return err
+	}
 	if err := im.ensureTable(base, MayBlock); err != nil {
 		return err
 	}

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -174,6 +175,60 @@ func TestFailedReadsOfTables(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestReadsWhereTablesCannotBeWritten: the disk is full, or a sync has failed for
+// ever, while more tables wait to be written than the cache likes. What they name
+// is read all the same, and written where it is; no more tables are changed.
+func TestReadsWhereTablesCannotBeWritten(t *testing.T) {
+	const cluster, covered = 512, 512 / 8 * 512
+	f := memfile.New("image", nil)
+	if err := Create(f, nil, CreateOptions{Size: 100 * covered, ClusterSize: cluster}); err != nil {
+		t.Fatal(err)
+	}
+	im := begun(t, f, Options{L2Cache: 10 * cluster, Warn: func(string) {}})
+	p := bytes.Repeat([]byte{7}, cluster)
+	at := func(table int64) int64 { return table*covered + 3*cluster }
+	for table := range int64(100) {
+		if err := im.writeAt(p, at(table)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := im.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for _, broken := range []memfile.Op{memfile.Write, memfile.Sync} {
+		f.Fail = func(op memfile.Op, off, n int64) error {
+			if op == broken && n != cluster-1 { // which is how the guest writes
+				return unix.ENOSPC
+			}
+			return nil
+		}
+		var err error
+		for table := int64(0); table < 100 && err == nil; table++ {
+			err = im.writeAt(p[1:], at(table)+2*cluster) // to a new cluster
+		}
+		if !errors.Is(err, unix.ENOSPC) {
+			t.Fatalf("writes: %v", err)
+		}
+		for table := range int64(100) {
+			got := make([]byte, cluster)
+			if err := im.readAt(got, at(table)); err != nil || !bytes.Equal(got, p) {
+				t.Fatalf("table %d: %v, or it reads other bytes", table, err)
+			}
+			if broken == memfile.Write {
+				if err := im.writeAt(p[1:], at(table)); err != nil {
+					t.Fatalf("table %d: what has its place already: %v", table, err)
+				}
+			}
+		}
+		f.Fail = nil
+		if broken == memfile.Write {
+			if err := im.Settle(); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 }
 

@@ -126,6 +126,11 @@ func (im *Image) prepareChanges(p *Plan, off, n int64, mode Mode) (err error) {
 			im.undoChanges(p)
 		}
 	}()
+	if mode&MayBlock != 0 {
+		if err := im.makeRoom(); err != nil {
+			return err
+		}
+	}
 	start, end := off, off+n
 	for off < end {
 		within := im.g.Within(off)
