@@ -75,15 +75,20 @@ func (im *Image) badCell(s *slice) (int, string) {
 		if what := im.g.fault(c); what != "" {
 			return i, what
 		}
-		if im.g.External || !im.g.hasHost(c) {
+		off, n := hostOffset(c.entry), int64(1)
+		switch {
+		case c.entry&entryCompressed != 0:
+			off, n = im.g.compressed(c.entry)
+		case im.g.External || !im.g.hasHost(c):
 			continue
 		}
-		host := hostOffset(c.entry) >> im.g.ClusterBits
-		if host>>6 != key {
-			key, tables = host>>6, im.refs.metadata[host>>6]
-		}
-		if tables>>(host&63)&1 != 0 {
-			return i, fmt.Sprintf("its host cluster at %#x is one of metadata", hostOffset(c.entry))
+		for host := off >> im.g.ClusterBits; host <= (off+n-1)>>im.g.ClusterBits; host++ {
+			if host>>6 != key {
+				key, tables = host>>6, im.refs.metadata[host>>6]
+			}
+			if tables>>(host&63)&1 != 0 {
+				return i, fmt.Sprintf("its host cluster at %#x is one of metadata", host<<im.g.ClusterBits)
+			}
 		}
 	}
 	return 0, ""

@@ -26,12 +26,15 @@ func TestOddMetadata(t *testing.T) {
 	for name, entry := range map[string]uint64{
 		"reserved bits": entryCopied | uint64(h.Geometry().ClusterSize())*8 | 1<<57,
 		"metadata":      entryCopied | uint64(h.RefcountOffset),
+		// Overwritten, they would give the header's cluster away, or that of refcounts.
+		"compressed":               entryCompressed,
+		"compressed, two clusters": entryCompressed | uint64(h.RefcountOffset-512) | 1<<(62-(h.ClusterBits-8)),
 	} {
 		b := f.Bytes()
 		copy(b[l2:], be64(entry))
 		bad := memfile.New("bad", b)
 		im := opened(t, bad, Options{Warn: func(string) {}})
-		p := make([]byte, 512)
+		p, whole := make([]byte, 512), make([]byte, 4096)
 		if err := im.readAt(p, 0); name == "reserved bits" && !errors.Is(err, unix.EIO) {
 			t.Errorf("%s, not begun: %v", name, err)
 		}
@@ -43,7 +46,7 @@ func TestOddMetadata(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer im.Close()
-		if err := im.writeAt(p, 0); !errors.Is(err, unix.EIO) {
+		if err := im.writeAt(whole, 0); !errors.Is(err, unix.EIO) {
 			t.Errorf("%s: write: %v", name, err)
 		}
 		if err := im.writeAt(p, 512<<10); !errors.Is(err, unix.EIO) {
