@@ -109,6 +109,11 @@ func (im *Image) writeTable(raw []byte, off int64) error {
 	return im.f.WriteAt(raw, off, false)
 }
 
+// maxMetadata is how many words the set of clusters that metadata is in has at
+// most: more than tables and bitmaps can need. The L1 tables of snapshots could be
+// as long as the file, which may be sparse.
+const maxMetadata = 250 << 20 / 40
+
 // findMetadata fills the set of clusters that metadata is in, which may not
 // overlap.
 func (im *Image) findMetadata() error {
@@ -122,10 +127,12 @@ func (im *Image) findMetadata() error {
 		if !im.g.tableOK(off) && off != 0 || off > length-n {
 			return im.damaged(what+" at %#[2]x is not where one can be", number, off)
 		}
-		for c := off >> im.g.ClusterBits; c <= (off+n-1)>>im.g.ClusterBits; c++ {
-			if !set.add(c) {
-				return im.damaged(what+" at %#[2]x overlaps with other metadata", number, off)
-			}
+		first, last := off>>im.g.ClusterBits, (off+n-1)>>im.g.ClusterBits
+		if int64(len(set))+last>>6-first>>6 >= maxMetadata {
+			return im.refused(unix.EFBIG, "to keep track of its tables takes too much memory, that of snapshots before all; qemu-img convert makes an image without these")
+		}
+		if !set.addRange(first, last) {
+			return im.damaged(what+" at %#[2]x overlaps with other metadata", number, off)
 		}
 		return nil
 	}

@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"testing"
 
@@ -57,6 +58,61 @@ func TestOddMetadata(t *testing.T) {
 		}
 		if err := opened(t, bad, Options{}).Begin(nil); !errors.Is(err, unix.EIO) {
 			t.Errorf("%s: begun again: %v", name, err)
+		}
+	}
+}
+
+// longFile is as long as it says: where it has no bytes it is a hole.
+type longFile struct {
+	*memfile.File
+	length int64
+}
+
+func (f longFile) Length() int64 { return f.length }
+
+func (f longFile) ReadAt(p []byte, off int64) error {
+	clear(p)
+	if have := f.File.Length() - off; have > 0 {
+		return f.File.ReadAt(p[:min(int64(len(p)), have)], off)
+	}
+	return nil
+}
+
+// Snapshots may say that their tables fill a file that is all holes.
+func TestTablesOfSnapshotsWithoutEnd(t *testing.T) {
+	const snapshots, entry = 10, 40 + 16
+	f := memfile.New("image", nil)
+	if err := errors.Join(Create(f, nil, CreateOptions{Size: 1 << 20, ClusterSize: 512}), f.Resize(1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	const at = 512 << 10
+	b, be := f.Bytes(), binary.BigEndian
+	be.PutUint32(b[60:], snapshots)
+	be.PutUint64(b[64:], at)
+	for i := range int64(snapshots) {
+		e := b[at+entry*i:]
+		be.PutUint64(e, uint64(1+i)<<36)
+		be.PutUint32(e[8:], 1<<32-1)
+		be.PutUint32(e[36:], 16)
+	}
+	im := opened(t, longFile{memfile.New("image", b), 1 << 40}, Options{})
+	if err := im.Begin(nil); !errors.Is(err, unix.EFBIG) {
+		t.Error(err)
+	}
+}
+
+func TestClusterSetOfRanges(t *testing.T) {
+	for first := range int64(130) {
+		for last := first; last < 200; last++ {
+			s := make(clusterSet)
+			if !s.addRange(first, last) || s.addRange(last, last+5) || s.addRange(max(first-3, 0), first) {
+				t.Fatalf("%d to %d: what was a member", first, last)
+			}
+			for c := range int64(300) {
+				if s.has(c) != (c >= first-3 && c <= last+5) {
+					t.Fatalf("%d to %d: %d", first, last, c)
+				}
+			}
 		}
 	}
 }
