@@ -37,6 +37,8 @@ func init() {
 		{name: negotiate, fields: with(param{name: "enable", kind: texts, values: []string{"oob"}}), run: (*session).negotiate},
 		{name: "query-version", run: (*session).queryVersion},
 		{name: "query-commands", run: (*session).queryCommands},
+		{name: "object-add", fields: objectFields(), run: (*session).objectAdd},
+		{name: "object-del", fields: with(id), run: (*session).objectDel},
 		{name: "nbd-server-start", fields: nbdServerFields(), run: (*session).nbdServerStart},
 		{name: "nbd-server-stop", run: (*session).nbdServerStop},
 		{name: "blockdev-add", fields: blockdevFields(), run: (*session).blockdevAdd},

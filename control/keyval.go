@@ -104,10 +104,10 @@ func (o *object) put(path string, v word) error {
 }
 
 // Run carries out a command that came with the start of the process: its
-// options are those of qemu-storage-daemon's --blockdev, --export and
+// options are those of qemu-storage-daemon's --object, --blockdev, --export and
 // --nbd-server, whose addr is flat.
 func (s *Server) Run(command, options string) error {
-	implied := map[string]string{"blockdev-add": "driver", "block-export-add": "type"}[command]
+	implied := map[string]string{"blockdev-add": "driver", "block-export-add": "type", "object-add": "qom-type"}[command]
 	given, err := parseOptions(options, implied)
 	if err != nil {
 		return err

@@ -196,14 +196,19 @@ func (s *session) nbdServerStart(a args) (any, error) {
 	if n.taken() {
 		return nil, errNBDRunning
 	}
-	if id, ok := a["tls-creds"].(string); ok {
-		return nil, generic("No TLS credentials with id '%s'", id)
+	if _, given := a["tls-authz"]; given { // to pass it over would let everybody in
+		return nil, generic("Parameter 'tls-authz' is not supported: who has a certificate of the authority may connect")
+	}
+	id, given := a["tls-creds"].(string)
+	creds, err := s.server.credentials.ofServer(id, given)
+	if err != nil {
+		return nil, err
 	}
 	l, err := listenOn(arg[args](a, "addr"))
 	if err != nil {
 		return nil, err
 	}
-	opt := NBDOptions{Shared: int(argOr[int64](a, "max-connections", 100))}
+	opt := NBDOptions{Shared: int(argOr[int64](a, "max-connections", 100)), TLS: creds}
 	if opt.HandshakeTimeout = time.Duration(argOr[int64](a, "handshake-max-seconds", 10)) * time.Second; opt.HandshakeTimeout == 0 {
 		opt.HandshakeTimeout = -1
 	}

@@ -43,12 +43,13 @@ type Server struct {
 	quit    sync.Once
 	orders  orders
 
-	mu        sync.Mutex // a leaf
-	closing   bool
-	listeners map[net.Listener]struct{}
-	clients   map[net.Conn]struct{}
-	listening map[*outbox]struct{} // clients that get events
-	wg        sync.WaitGroup       // of clients; Add under mu
+	credentials credentials
+	mu          sync.Mutex // a leaf
+	closing     bool
+	listeners   map[net.Listener]struct{}
+	clients     map[net.Conn]struct{}
+	listening   map[*outbox]struct{} // clients that get events
+	wg          sync.WaitGroup       // of clients; Add under mu
 }
 
 // NewServer makes a server that listens nowhere yet.

@@ -12,6 +12,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/nbd-export/nbd-export/internal/testcerts"
 )
 
 // manager is a daemon without images, driven over its control socket: ours, or
@@ -381,7 +383,7 @@ func TestSameAnswers(t *testing.T) {
 		kinds      = "only nbd exports, inet and unix sockets"
 		noTransfer = "no bitmaps and no qemu:allocation-depth"
 	)
-	long := strings.Repeat("x", 4097)
+	long, authority := strings.Repeat("x", 4097), testcerts.New(t)
 	script := slices.Concat(
 		// Arguments.
 		same(
@@ -503,6 +505,24 @@ func TestSameAnswers(t *testing.T) {
 			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"max-connections":18446744073709551616}`,
 			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"handshake-max-seconds":4294967296}`,
 			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"tls-creds":"t"}`,
+			`object-add {"id":"t"}`,
+			`object-add {"qom-type":"tls-creds-x509","endpoint":"server","dir":"certs"}`,
+			`object-add {"qom-type":"none","id":"t"}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"1","endpoint":"server","dir":"certs"}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"t","endpoint":"server"}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"t","endpoint":"both","dir":"certs"}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"t","endpoint":"server","dir":"certs","foo":1}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"t","endpoint":"server","dir":"certs"}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"t","endpoint":"server","dir":"certs"}`,
+			`object-add {"qom-type":"tls-creds-x509","id":"c","dir":"certs"}`,
+			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"tls-creds":"c"}`,
+			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"tls-creds":"none"}`,
+			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"tls-creds":"t"}`,
+			`object-del {"id":"t"}`,
+			`object-del {"id":"t"}`,
+			`object-del`,
+			`nbd-server-stop`,
+			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}},"tls-creds":"t"}`,
 			`nbd-server-start {"addr":{"type":"unix"}}`,
 			`nbd-server-start {"addr":{"type":"unix","path":"nbd"}}`,
 			`nbd-server-start {"addr":{"type":"foo","data":{"path":"nbd"}}}`,
@@ -609,6 +629,8 @@ func TestSameAnswers(t *testing.T) {
 			m.image(name, mib)
 		}
 		m.image("odd.img", 1000)
+		authority.Server(filepath.Join(m.dir, "certs"))
+		authority.Client(filepath.Join(m.dir, "certs"), "client")
 		if err := os.Mkdir(filepath.Join(m.dir, "dir"), 0o755); err != nil {
 			t.Fatal(err)
 		}

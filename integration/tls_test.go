@@ -99,6 +99,30 @@ func TestTLSAnyClient(t *testing.T) {
 	}
 }
 
+// As qemu-storage-daemon, by flags.
+func TestTLSDaemon(t *testing.T) {
+	need(t, "nbdinfo", "libnbd-bin")
+	dir := shortDir(t)
+	image, certs, client := sparseImage(t, dir, mib), filepath.Join(dir, "server"), filepath.Join(dir, "client")
+	a := testcerts.New(t)
+	a.Server(certs)
+	a.Client(client, "client")
+	ctl, socket, pid := filepath.Join(dir, "ctl"), filepath.Join(dir, "nbd"), filepath.Join(dir, "pid")
+	p := spawn(t, "nbd-export", nil, program(t), "daemon", "--control", ctl, "--pid-file", pid,
+		"--object", "tls-creds-x509,id=tls0,endpoint=server,dir="+certs,
+		"--nbd-server", "addr.type=unix,addr.path="+socket+",tls-creds=tls0",
+		"--blockdev", "raw,node-name=disk,file.driver=file,file.filename="+image, "--export", "nbd,id=e,node-name=disk,name=")
+	waitReady(p, pid)
+	run(t, "nbdinfo", "--size", "nbds+unix://localhost/?socket="+socket+"&tls-certificates="+client)
+	if r := tryRun(t, "nbdinfo", "--size", nbdURI("", socket)); r.code == 0 {
+		t.Errorf("without TLS: %s", r.stdout)
+	}
+	p.stop()
+	wantFailure(t, cli(t, "daemon", "--control", ctl, "--object", "tls-creds-x509,id=t,endpoint=server,dir="+client), 1,
+		"--object", "server-cert.pem: no such file or directory")
+	wantFailure(t, cli(t, "daemon", "--control", ctl, "--nbd-server", "addr.type=unix,addr.path="+socket+",tls-authz=x"), 1, "'tls-authz' is not supported")
+}
+
 // A stop answers what TLS clients have asked, and waits for none that does not
 // read.
 func TestTLSStop(t *testing.T) {

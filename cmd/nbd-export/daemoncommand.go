@@ -10,7 +10,7 @@ import (
 
 func newDaemonCommand(signals *control.Signals) *cobra.Command {
 	var d daemonOptions
-	var servers, nodes, exports []string
+	var objects, servers, nodes, exports []string
 	process := newProcessFlags()
 	cmd := &cobra.Command{
 		Use:   "daemon [flags]",
@@ -20,8 +20,8 @@ It starts with none. The socket speaks QMP: programs and scripts that drive
 qemu-storage-daemon work (docs/control.md has the commands). serve is the short
 form for one image.
 
---nbd-server, --blockdev and --export are carried out at the start, in this order;
-they take what those of qemu-storage-daemon take.
+--object, --nbd-server, --blockdev and --export are carried out at the start, in this
+order; they take what those of qemu-storage-daemon take.
 
 The pid file is written, and systemd told, when the control socket is ready. That
 may be one of systemd's, as those for clients may (docs/running.md).
@@ -48,7 +48,7 @@ status is 1 if a last write or flush failed.`,
 				flag, command string
 				values        []string
 			}{
-				{"--nbd-server", "nbd-server-start", servers}, {"--blockdev", "blockdev-add", nodes}, {"--export", "block-export-add", exports},
+				{"--object", "object-add", objects}, {"--nbd-server", "nbd-server-start", servers}, {"--blockdev", "blockdev-add", nodes}, {"--export", "block-export-add", exports},
 			} {
 				for _, v := range o.values {
 					d.first = append(d.first, startOrder{o.flag, o.command, v})
@@ -59,6 +59,7 @@ status is 1 if a last write or flush failed.`,
 	}
 	f := cmd.Flags()
 	process.addPaths(cmd)
+	f.StringArrayVar(&objects, "object", nil, "make TLS credentials: `OPTIONS` as tls-creds-x509,id=ID,endpoint=server,dir=DIR or JSON")
 	f.StringArrayVar(&servers, "nbd-server", nil, "start the NBD server: `OPTIONS` as addr.type=unix,addr.path=PATH or JSON")
 	f.StringArrayVar(&nodes, "blockdev", nil, "add a node: `OPTIONS` of blockdev-add as KEY=VALUE,... or JSON")
 	f.StringArrayVar(&exports, "export", nil, "add an export: `OPTIONS` of block-export-add as KEY=VALUE,... or JSON")

@@ -50,7 +50,7 @@ const (
 	noDevice = "serve the image, then nbd-client -unix SOCKET /dev/nbdN -b 4096 connects a device, and nbd-client -d /dev/nbdN disconnects it"
 	noList   = "nbdinfo --list URI shows the exports of a server"
 	noPart   = "an image is served as a whole; nbdkit has filters for parts (offset, partition)"
-	isTLS    = "it is --tls-certificates DIR"
+	isTLS    = "it is --tls-certificates DIR of serve, or --object tls-creds-x509 of daemon"
 )
 
 // flagError adds to the error of a flag that a verb does not have what may have

@@ -30,12 +30,11 @@ func TestUsage(t *testing.T) {
 		{"serve --handover b", 2, "unknown flag: --handover; did you mean --handover-dirty?; see"},
 		{"serve --vwxyz b", 2, "unknown flag: --vwxyz; see"},
 		{"serve -n b", 2, "unknown shorthand flag: 'n' in -n: it is --cache none; see"},
-		{"serve --tls-creds a b", 2, "unknown flag: --tls-creds: it is --tls-certificates DIR; see"},
+		{"serve --tls-creds a b", 2, "unknown flag: --tls-creds: it is --tls-certificates DIR of serve"},
 		{"serve --tls-clients any b", 2, "serve: --tls-clients is of use only with --tls-certificates; see"},
 		{"serve --tls-certificates= b", 2, "serve: --tls-certificates needs a path; see"},
 		{"serve -p 0 --tls-certificates /no/such b", 1, "TLS certificates in /no/such: server-cert.pem: no such file or directory"},
 		{"serve -c /dev/nbd0 b", 2, "nbd-client -unix SOCKET /dev/nbdN"},
-		{"daemon --object a", 2, "unknown flag: --object: "},
 		{"status --object a", 2, "unknown flag: --object; see nbd-export status --help"},
 		{"serve -t", 2, "serve needs one argument, IMAGE; see"}, // it is no wrong use by itself
 		{"serve --discard maybe x", 2, "must be one of unmap, ignore; see"},
