@@ -149,7 +149,7 @@ func TestDialogues(t *testing.T) {
 		},
 		{"quit", caps + `{"execute":"quit","id":9}` + queryV, []string{empty, `{"return": {}, "id": 9}`}},
 		{"commands", caps + `{"execute":"query-commands"}`, []string{empty, `{"return": [{"name": "qmp_capabilities"}, {"name": "query-version"}, ` +
-			`{"name": "query-commands"}, {"name": "nbd-server-start"}, {"name": "nbd-server-stop"}, {"name": "blockdev-add"}, {"name": "blockdev-del"}, ` +
+			`{"name": "query-commands"}, {"name": "object-add"}, {"name": "object-del"}, {"name": "nbd-server-start"}, {"name": "nbd-server-stop"}, {"name": "blockdev-add"}, {"name": "blockdev-del"}, ` +
 			`{"name": "block-export-add"}, {"name": "block-export-del"}, {"name": "query-block-exports"}, {"name": "query-named-block-nodes"}, ` +
 			`{"name": "blockdev-set-active"}, {"name": "block_resize"}, {"name": "quit"}, {"name": "x-query-status"}, {"name": "x-identify"}, {"name": "x-takeover"}, {"name": "x-cancel"}]}`}},
 		{"exports", caps + `{"execute":"query-block-exports"}`, []string{empty, `{"return": [` +
