@@ -88,6 +88,16 @@ func (p *pair) states() (s [2]string) {
 	return s
 }
 
+// rest waits until what is under way at either side has ended, which it does by
+// itself.
+func (p *pair) rest() {
+	p.t.Helper()
+	waitFor(p.t, startTimeout, "both sides are at rest", func() bool {
+		s := p.states()
+		return !strings.HasSuffix(s[0], "ing") && !strings.HasSuffix(s[1], "ing")
+	})
+}
+
 // judge requires that at most one side owns the image, and that its locks say
 // the same. It returns the owner's number, -1 for none.
 func (p *pair) judge() int {
@@ -259,6 +269,27 @@ func newHandoverProcess(t testing.TB, from, to string, flags ...string) *handove
 	argv := append([]string{program(t), "handover", "--json", "--from", from, "--to", to}, flags...)
 	h.process = spawn(t, "handover", func(c *exec.Cmd) { c.Stdout = h.stdout }, argv...)
 	return h
+}
+
+// stuckAfter is when a handover takes longer than on any machine.
+const stuckAfter = time.Minute
+
+// unlessStuck waits until a handover is over. If it is stuck, it and the exporters
+// say where they are, which ends them.
+func (p *pair) unlessStuck(h *handoverProcess) {
+	p.t.Helper()
+	select {
+	case <-h.exited:
+		return
+	case <-time.After(stuckAfter):
+	}
+	for _, stuck := range []*process{h.process, p.sides[0].process, p.sides[1].process} {
+		if stuck.alive() {
+			stuck.signal(syscall.SIGABRT)
+			stuck.wait(startTimeout)
+		}
+	}
+	p.t.Fatalf("not over within %v", stuckAfter)
 }
 
 func (h *handoverProcess) result() result {

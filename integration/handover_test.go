@@ -78,17 +78,15 @@ func TestHandoverThroughTrouble(t *testing.T) {
 		what := fmt.Sprintf("%s message %d of side %d, then %s", trouble, at, side, then)
 		ctl := [2]string{p.sides[from].control, p.sides[1-from].control}
 		ctl[side] = relay(t, p.sides[(from+side)%2], trouble, at, then)
-		flags := []string{"--timeout", "20s"}
+		flags := []string{"--timeout", (2 * stuckAfter).String()}
 		if then == "dead" || trouble == relayStall {
 			flags[1] = "300ms"
 		}
-		h := handover(t, ctl[0], ctl[1], flags...)
+		cmd := newHandoverProcess(t, ctl[0], ctl[1], flags...)
+		p.unlessStuck(cmd)
+		h := parseHandover(t, cmd.result())
 		outcomes[h.Outcome]++
-		// What is under way ends by itself.
-		waitFor(t, startTimeout, "both sides are at rest", func() bool {
-			s := p.states()
-			return !strings.HasSuffix(s[0]+s[1], "ing")
-		})
+		p.rest()
 		if trouble == relayDelay && h.Outcome != "moved" {
 			t.Errorf("%s: %+v", what, h)
 		}
