@@ -1,13 +1,19 @@
 package integration
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestHandover(t *testing.T) {
@@ -166,6 +172,51 @@ func TestHandoverRefusesOthers(t *testing.T) {
 		t.Errorf("%+v", h)
 	}
 	p.end()
+}
+
+// On a terminal each step is shown, with its time.
+func TestHandoverOnTerminal(t *testing.T) {
+	p := newPair(t, tmpfsDir(t))
+	screen, stderr := terminal(t)
+	cmd := command(context.Background(), program(t), "handover", "--from", p.sides[0].control, "--to", p.sides[1].control)
+	cmd.Stderr = stderr
+	out, err := cmd.Output()
+	stderr.Close()
+	if err != nil || !strings.HasPrefix(string(out), "handed ") {
+		t.Fatalf("%v: %s", err, out)
+	}
+	shown, _ := io.ReadAll(screen) // ends with EIO
+	if want := regexp.MustCompile(`^(\w+ +[a-z ]+\.\.\.\r\w+ +[a-z ]+[0-9.]+ ms\r\n){4}$`); !want.Match(shown) {
+		t.Errorf("%q", shown)
+	}
+	for _, step := range []string{"check ", "compare ", "inactivate ", "activate "} {
+		if strings.Count(string(shown), "\r"+step) != 1 {
+			t.Errorf("no line of %s: %q", step, shown)
+		}
+	}
+	p.end()
+}
+
+// terminal is a terminal, and what is shown on it.
+func terminal(t testing.TB) (screen, tty *os.File) {
+	t.Helper()
+	screen, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { screen.Close() })
+	fd := int(screen.Fd())
+	if err := unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0); err != nil {
+		t.Fatal(err)
+	}
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tty, err = os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0); err != nil {
+		t.Fatal(err)
+	}
+	return screen, tty
 }
 
 // Without owner records one file under one kernel is proof enough.
