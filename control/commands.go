@@ -77,6 +77,7 @@ func init() {
 				required(node),
 				param{name: "host", kind: text, required: true},
 				param{name: "pid", kind: integer, required: true},
+				param{name: "id", kind: text},
 			),
 			run: (*session).takeover,
 		},

@@ -3,9 +3,10 @@ package control
 import (
 	"cmp"
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
-	"math/rand/v2"
+	mrand "math/rand/v2"
 	"os"
 	"strings"
 	"sync"
@@ -76,14 +77,16 @@ const (
 	activating       // none has the image: it is being activated
 )
 
-// asker tells racing exporters apart; the lower one goes first.
+// asker tells racing exporters apart; the lower one goes first. Containers may
+// share a host's name and each have a process 1: then ID, a random word, decides.
 type asker struct {
 	Host string
 	PID  int
+	ID   string
 }
 
 func (a asker) before(b asker) bool {
-	return cmp.Or(strings.Compare(a.Host, b.Host), cmp.Compare(a.PID, b.PID)) < 0
+	return cmp.Or(strings.Compare(a.Host, b.Host), cmp.Compare(a.PID, b.PID), strings.Compare(a.ID, b.ID)) < 0
 }
 
 func (a asker) String() string { return fmt.Sprintf("pid %d on %s", a.PID, a.Host) }
@@ -93,7 +96,7 @@ func NewTakeover(cfg TakeoverConfig) *Takeover {
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
-	t := &Takeover{cfg: cfg, me: asker{PID: os.Getpid()}}
+	t := &Takeover{cfg: cfg, me: asker{PID: os.Getpid(), ID: rand.Text()}}
 	t.me.Host, _ = os.Hostname() // without a name the pid decides
 	t.ctx, t.cancel = context.WithCancel(context.Background())
 	return t
@@ -151,11 +154,11 @@ func (t *Takeover) run() {
 			t.cfg.Log.Warn("the image cannot be taken over yet", zap.String("image", t.name()), zap.Error(err))
 			told = text
 		}
-		wait := pause/2 + rand.N(pause)
+		wait := pause/2 + mrand.N(pause)
 		pause = min(2*pause, backOffMost)
 		if l != nil && l.wait > 0 {
 			// Not all of it: the peer may end, or be told to let go.
-			wait = min(l.wait, backOffMost) + rand.N(backOffFirst)
+			wait = min(l.wait, backOffMost) + mrand.N(backOffFirst)
 		}
 		if !t.sleep(wait) {
 			break

@@ -68,7 +68,7 @@ func newExporter(t testing.TB, lock *atomic.Pointer[sharedImage], pid int, minHo
 	core, logs := observer.New(zap.DebugLevel)
 	e.log = logs
 	tk := NewTakeover(TakeoverConfig{Peers: peers, MinHold: minHold, Log: zap.New(core)})
-	tk.me = asker{"host", pid}
+	tk.me.Host, tk.me.PID = "host", pid
 	e.target = &Target{
 		Node: "image0", Image: img,
 		Machine: state.NewMachine(img, state.Options{Watch: time.Hour, Hold: 2 * time.Second, Wanted: tk.Want}),
@@ -392,11 +392,48 @@ func TestTakeoverRace(t *testing.T) {
 	}
 }
 
+// So do two of one name, as containers that share a host's name can have one
+// process number; and one that was told to ask itself says so.
+func TestTakeoverNamesakes(t *testing.T) {
+	var lock atomic.Pointer[sharedImage]
+	dir := t.TempDir()
+	links := []string{filepath.Join(dir, "0"), filepath.Join(dir, "1")}
+	a, b := newExporter(t, &lock, 1, 0, links[1]), newExporter(t, &lock, 1, 0, links[0])
+	for i, e := range []*exporter{a, b} {
+		if err := os.Symlink(e.path, links[i]); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Both want it, and neither begins to activate before it was asked.
+	for _, e := range []*exporter{a, b} {
+		e.target.Takeover.phase = asking
+	}
+	var granted []string
+	for i, by := range []*exporter{b, a} {
+		to := []*exporter{a, b}[i]
+		c := dial(t, to.path)
+		answer, err := c.requestTakeover(t.Context(), "image0", by.target.Takeover.me)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if answer.Granted {
+			granted = append(granted, to.path)
+		}
+	}
+	if len(granted) != 1 {
+		t.Errorf("%d of two that want the image let the other go first", len(granted))
+	}
+	_, err := dial(t, a.path).requestTakeover(t.Context(), "image0", a.target.Takeover.me)
+	if err == nil || !strings.Contains(err.Error(), "this is the exporter itself") {
+		t.Errorf("asked by itself: %v", err)
+	}
+}
+
 // TestTakeoverRequest is what a peer is told in each state.
 func TestTakeoverRequest(t *testing.T) {
 	stay, leave := func() bool { return false }, func() bool { return true }
-	low, high := asker{"a", 9}, asker{"b", 1}
-	me := asker{"a", 10}
+	low, high := asker{Host: "a", PID: 9}, asker{Host: "b", PID: 1}
+	me := asker{Host: "a", PID: 10}
 	for _, c := range []struct {
 		name    string
 		state   state.State

@@ -41,19 +41,22 @@ func (c *Client) requestTakeover(ctx context.Context, node string, me asker) (a 
 		Node string `json:"node-name"`
 		Host string `json:"host"`
 		PID  int    `json:"pid"`
-	}{node, me.Host, me.PID}, &a)
+		ID   string `json:"id"`
+	}{node, me.Host, me.PID, me.ID}, &a)
 	return a, err
 }
 
 // takeover is x-takeover.
 func (s *session) takeover(a args) (any, error) {
 	r, node := s.server.cfg.Registry, arg[string](a, "node-name")
-	t, by := r.target(node), asker{arg[string](a, "host"), int(arg[int64](a, "pid"))}
+	t, by := r.target(node), asker{arg[string](a, "host"), int(arg[int64](a, "pid")), arg[string](a, "id")}
 	switch {
 	case r.isStopping():
 		return nil, errStopping
 	case t == nil:
 		return nil, noNode(node)
+	case t.Takeover != nil && by == t.Takeover.me:
+		return nil, generic("this is the exporter itself: --takeover needs the control socket of another")
 	}
 	began := time.Now()
 	answer, err := t.giveTo(by, s.abandoned)
