@@ -26,9 +26,13 @@ const (
 // It names the holder of the locks to others and counts owners; what keeps two
 // owners apart are the locks. Members that are not known are ignored.
 type OwnerRecord struct {
-	Host    string    `json:"host"`
-	PID     int       `json:"pid"`
-	BootID  string    `json:"boot-id"`           // of the kernel that PID belongs to
+	Host   string `json:"host"`
+	PID    int    `json:"pid"`
+	BootID string `json:"boot-id"` // of the kernel that PID belongs to
+	// Numbering is the namespace that PID counts in, "" if that is not known: a
+	// container numbers its processes anew.
+	Numbering string `json:"pid-namespace,omitempty"`
+
 	Control string    `json:"control,omitempty"` // absolute path of the control socket
 	Since   time.Time `json:"since"`             // when it became the owner
 	Epoch   uint64    `json:"epoch"`             // each owner's is higher than the last one's
@@ -82,7 +86,7 @@ type Process string
 const (
 	ProcessLives   Process = "alive"
 	ProcessEnded   Process = "ended"
-	ProcessUnknown Process = "unknown" // it is, or was, another host's
+	ProcessUnknown Process = "unknown" // it is, or was, another host's or container's
 )
 
 // Process looks for the process that r names. A pid that lives may be another
@@ -94,6 +98,8 @@ func (r *OwnerRecord) Process() Process {
 		return ProcessUnknown
 	case r.BootID != me.BootID:
 		return ProcessEnded // that host has been started anew
+	case r.Numbering != me.Numbering && r.Numbering != "" && me.Numbering != "":
+		return ProcessUnknown
 	case unix.Kill(r.PID, 0) == unix.ESRCH:
 		return ProcessEnded
 	}
@@ -109,6 +115,7 @@ var thisProcess = sync.OnceValue(func() OwnerRecord {
 	if b, err := os.ReadFile("/proc/sys/kernel/random/boot_id"); err == nil {
 		me.BootID = strings.TrimSpace(string(b))
 	}
+	me.Numbering, _ = os.Readlink("/proc/self/ns/pid")
 	return me
 })
 

@@ -146,15 +146,22 @@ func TestOwnerText(t *testing.T) {
 		t.Error(s)
 	}
 	me := thisProcess()
+	if me.Numbering == "" {
+		t.Error("which processes a pid counts among is not known")
+	}
 	for _, c := range []struct {
-		host, boot string
-		pid        int
-		want       Process
+		host, boot, numbering string
+		pid                   int
+		want                  Process
 	}{
-		{me.Host, me.BootID, me.PID, ProcessLives}, {me.Host, "x", me.PID, ProcessEnded}, {me.Host, "", me.PID, ProcessUnknown},
-		{me.Host, me.BootID, 1 << 30, ProcessEnded}, {me.Host + "x", me.BootID, me.PID, ProcessUnknown},
+		{me.Host, me.BootID, me.Numbering, me.PID, ProcessLives}, {me.Host, "x", me.Numbering, me.PID, ProcessEnded},
+		{me.Host, "", me.Numbering, me.PID, ProcessUnknown}, {me.Host, me.BootID, me.Numbering, 1 << 30, ProcessEnded},
+		{me.Host + "x", me.BootID, me.Numbering, me.PID, ProcessUnknown},
+		// In a container, which may share the host's name.
+		{me.Host, me.BootID, "pid:[1]", me.PID, ProcessUnknown}, {me.Host, me.BootID, "pid:[1]", 1 << 30, ProcessUnknown},
+		{me.Host, "x", "pid:[1]", me.PID, ProcessEnded}, {me.Host, me.BootID, "", me.PID, ProcessLives},
 	} {
-		if got := (&OwnerRecord{Host: c.host, BootID: c.boot, PID: c.pid}).Process(); got != c.want {
+		if got := (&OwnerRecord{Host: c.host, BootID: c.boot, Numbering: c.numbering, PID: c.pid}).Process(); got != c.want {
 			t.Errorf("%+v: %s", c, got)
 		}
 	}
