@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"io/fs"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -224,6 +225,8 @@ func refuseKind(path string, mode uint32) error {
 func openError(path string, how openHow, err error) error {
 	hint := ""
 	switch {
+	case err == unix.ENOENT && (strings.Contains(path, "://") || strings.HasPrefix(path, "json:")):
+		hint = "; an image is a file or a block device, given by its path; of what a server exports, nbdinfo and qemu-img tell"
 	case err == unix.ENOENT:
 		hint = "; an image has to exist, nbd-export create -f raw (or qcow2) makes an empty one"
 	case err == unix.EROFS || (err == unix.EACCES || err == unix.EPERM) && how.write:

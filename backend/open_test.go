@@ -32,6 +32,8 @@ func TestOpenRefuses(t *testing.T) {
 		text string
 	}{
 		{Options{Path: filepath.Join(dir, "none")}, unix.ENOENT, "nbd-export create -f raw"},
+		{Options{Path: "nbd+unix:///?socket=/run/a"}, unix.ENOENT, "a file or a block device, given by its path"},
+		{Options{Path: `json:{"driver":"raw"}`}, unix.ENOENT, "a file or a block device, given by its path"},
 		{Options{Path: dir}, unix.EISDIR, "directory"},
 		{Options{Path: raw + "/x"}, unix.ENOTDIR, ""},
 		{Options{Path: loop}, unix.ELOOP, ""},
