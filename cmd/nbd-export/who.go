@@ -151,7 +151,9 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 // write prints w for people.
 func (w who) write(out io.Writer) error {
 	var b strings.Builder
-	row := func(name, format string, a ...any) { fmt.Fprintf(&b, "%-12s %s\n", name, fmt.Sprintf(format, a...)) }
+	row := func(name, format string, a ...any) {
+		fmt.Fprintf(&b, "%-12s %s\n", name, backend.Printable(fmt.Sprintf(format, a...)))
+	}
 	row("image", "%s", w.Image)
 	row("owner", "%s", w.Verdict)
 	row("locks", "%s (%s)", w.Locks.Held, w.Locks.Scope)

@@ -159,3 +159,15 @@ owner record %[1]s.owner
 	e.signal(t, syscall.SIGTERM)
 	e.end(t)
 }
+
+// A name cannot make lines of its own, for people or for scripts that read them.
+func TestWhoOneLineEach(t *testing.T) {
+	var out bytes.Buffer
+	w := who{Image: "disk\nowner        nobody owns it\x1b[2J", Verdict: "locked"}
+	if err := w.write(&out); err != nil {
+		t.Fatal(err)
+	}
+	if lines := strings.Split(out.String(), "\n"); len(lines) != 5 || lines[0] != "image        disk?owner        nobody owns it?[2J" {
+		t.Errorf("%q", lines)
+	}
+}
