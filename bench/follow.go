@@ -10,8 +10,6 @@ import (
 	"syscall"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/nbd-export/nbd-export/client"
 )
 
@@ -50,6 +48,7 @@ type Follower struct {
 	mu      sync.Mutex
 	side    int           // that took writes last
 	settled chan struct{} // while it is sought: closed when it is found
+	seeker  *napper       // of who seeks it
 	first   int64         // when the first write there was acknowledged
 	moved   chan struct{} // closed at the next move
 
@@ -74,6 +73,11 @@ func Follow(ctx context.Context, cfg FollowConfig) (*Follower, error) {
 			}
 			f.conns[i] = append(f.conns[i], c)
 		}
+	}
+	var err error
+	if f.seeker, err = newNapper(); err != nil {
+		_ = f.Close()
+		return nil, err
 	}
 	f.due.Store(client.Now())
 	for i := range cfg.Conns * cfg.Depth {
@@ -103,6 +107,9 @@ func (f *Follower) Close() error {
 		}
 	}
 	f.group.Wait()
+	if f.seeker != nil {
+		f.seeker.close()
+	}
 	return f.Err()
 }
 
@@ -156,6 +163,11 @@ func (f *Follower) ReadGap() time.Duration {
 func (f *Follower) read(side int) error {
 	rng, buf := rand.New(rand.NewPCG(f.cfg.Seed, uint64(1<<32+side))), make([]byte, f.cfg.BlockSize)
 	c := f.conns[side][f.cfg.Conns]
+	rest, err := newNapper()
+	if err != nil {
+		return err
+	}
+	defer rest.close()
 	for f.ctx.Err() == nil {
 		if _, err := c.ReadAt(buf, f.somewhere(rng)); err != nil {
 			return fmt.Errorf("reading: %w", err)
@@ -167,7 +179,9 @@ func (f *Follower) read(side int) error {
 				break
 			}
 		}
-		nap(ReadEvery)
+		if err := rest.nap(ReadEvery); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -237,13 +251,6 @@ func (f *Follower) pace() {
 	}
 }
 
-// nap is time.Sleep to 0.1 ms: with nothing else to do the runtime waits for whole
-// milliseconds, which is longer than what is measured.
-func nap(d time.Duration) {
-	t := unix.NsecToTimespec(int64(d))
-	_ = unix.Nanosleep(&t, nil) // too short if a signal comes: that is no harm
-}
-
 func (f *Follower) where() (side int, settled chan struct{}) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -275,7 +282,9 @@ func (f *Follower) find(put func(side int) error) error {
 		}
 		side = 1 - side
 		if tries%2 == 0 {
-			nap(probeEvery)
+			if err := f.seeker.nap(probeEvery); err != nil {
+				return err
+			}
 		}
 	}
 	now := client.Now()
