@@ -160,10 +160,9 @@ func newFile(fd int, path string, how openHow) (f *File, err error) {
 	if err := refuseKind(path, st.Mode); err != nil {
 		return f, err
 	}
-	if fl, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err == nil && fl&unix.O_NONBLOCK != 0 {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, fl&^unix.O_NONBLOCK); err != nil {
-			return f, openError(path, how, err)
-		}
+	// Without O_NONBLOCK, if it was opened so.
+	if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFL, how.flags()); err != nil {
+		return f, openError(path, how, err)
 	}
 	f.id = inodeOf(&st)
 	if k := how.known; k != nil && k.id == f.id && k.keeps() && !how.direct {

@@ -1,7 +1,6 @@
 package backend
 
 import (
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -148,6 +147,9 @@ func parseRecord(b []byte) (*OwnerRecord, error) {
 	if len(b) > recordMax {
 		return nil, notARecord("it is longer than %d bytes", recordMax)
 	}
+	if r, ok := parseOwnForm(b); ok {
+		return r, nil
+	}
 	var m struct {
 		OwnerRecord
 		PID   *int       `json:"pid"`
@@ -171,15 +173,4 @@ func parseRecord(b []byte) (*OwnerRecord, error) {
 	r := m.OwnerRecord
 	r.PID, r.Since, r.Epoch, r.Clean = *m.PID, *m.Since, *m.Epoch, *m.Clean
 	return &r, nil
-}
-
-func (r *OwnerRecord) bytes() []byte {
-	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	enc.SetIndent("", "  ")
-	if err := enc.Encode(r); err != nil {
-		panic(err) // a time past the year 9999
-	}
-	return b.Bytes()
 }

@@ -54,10 +54,10 @@ func readBounded(path string, h faults) ([]byte, error) {
 		if err != nil {
 			return nil, err
 		}
-		if k == 0 {
-			break
+		asked := len(b) - n
+		if n += k; k == 0 || k < asked && int64(n) >= st.Size {
+			break // its end, without another call to say so
 		}
-		n += k
 	}
 	return b[:n:n], nil
 }

@@ -3,6 +3,8 @@ package backend
 import (
 	"fmt"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -44,7 +46,10 @@ func placeRecord(path, explicit string, device bool) RecordPlace {
 	}
 	// Beside the file itself, where exporters meet that know it by other
 	// names.
-	target, err := filepath.EvalSymlinks(path)
+	target, err := path, error(nil)
+	if !noSymlinks(path) {
+		target, err = filepath.EvalSymlinks(path)
+	}
 	if err == nil {
 		target, err = filepath.Abs(target)
 	}
@@ -52,4 +57,16 @@ func placeRecord(path, explicit string, device bool) RecordPlace {
 		return RecordPlace{PerProcess: fmt.Sprintf("the image has no path: %v", err)}
 	}
 	return RecordPlace{Path: target + recordSuffix}
+}
+
+// noSymlinks reports whether the path is known to lead to a file without a
+// symbolic link: one call instead of one for each directory. False says nothing.
+func noSymlinks(path string) bool {
+	how := unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_NO_SYMLINKS}
+	fd, err := unix.Openat2(unix.AT_FDCWD, path, &how)
+	if err != nil {
+		return false // one is, or the kernel has no such call
+	}
+	_ = unix.Close(fd)
+	return true
 }
