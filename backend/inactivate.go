@@ -148,7 +148,7 @@ func (o *Owned) PublishInactive() { o.publish() }
 // PublishInactive. It notes in the owner record that a settled image was let go
 // in order, and then closes every writable description, with which the locks
 // go. All happens whatever fails; an error is for the log. What was mapped for
-// reading is unmapped beside what follows: a GiB of pages takes 30 ms.
+// reading is unmapped later: a GiB of pages takes 30 ms.
 func (o *Owned) Release() error {
 	v := o.old
 	if v == nil {
@@ -156,7 +156,7 @@ func (o *Owned) Release() error {
 	}
 	o.old = nil
 	err := errors.Join(o.endClaim(v, false), v.release())
-	o.unmapping.Go(func() { o.warn(v.unmap()) })
+	o.later(&o.unmapping, func() { o.warn(v.unmap()) })
 	o.noteLocks(nil)
 	return err
 }

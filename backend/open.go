@@ -87,6 +87,9 @@ type Options struct {
 	// keep the image from being served. It may be called by any goroutine,
 	// also later. nil drops them.
 	Warn func(string)
+	// Later runs what a change of owner leaves to be done, so that nobody waits
+	// for it; Close does. nil starts it at once, on a goroutine of its own.
+	Later func(func())
 
 	step func(string) // see OpenHooked
 }

@@ -81,6 +81,22 @@ func (o *Owned) fail(op string, err error) error {
 	return &fs.PathError{Op: op, Path: o.opts.Path, Err: err}
 }
 
+// later has f run when nobody waits for it any more; done waits for that.
+func (o *Owned) later(done *sync.WaitGroup, f func()) { later(o.opts.Later, done, f) }
+
+func later(run func(func()), done *sync.WaitGroup, f func()) {
+	done.Add(1)
+	g := func() {
+		defer done.Done()
+		f()
+	}
+	if run == nil {
+		go g()
+		return
+	}
+	run(g)
+}
+
 func (o *Owned) warnf(format string, args ...any) { o.opts.Warn(fmt.Sprintf(format, args...)) }
 
 // warn tells an error that stops nothing.

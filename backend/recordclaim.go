@@ -39,12 +39,13 @@ type ownerRecord struct {
 	written *filePrint
 	left    bool           // there are files to be removed
 	tidying sync.WaitGroup // who removes them
+	later   func(func())   // Options.Later
 }
 
 func newOwnerRecord(o Options, t Traits, h faults, warn func(string, ...any)) *ownerRecord {
 	r := &ownerRecord{
 		image: o.Path, explicit: o.OwnerRecord, device: t.BlockDevice, near: t.coherent, readOnly: o.ReadOnly,
-		control: o.ControlAddress, faults: h, warn: warn,
+		control: o.ControlAddress, faults: h, warn: warn, later: o.Later,
 	}
 	r.find()
 	return r
@@ -124,7 +125,7 @@ func (o *ownerRecord) tidy() {
 		return
 	}
 	epoch := o.mine.Epoch
-	o.tidying.Go(func() {
+	later(o.later, &o.tidying, func() {
 		manyTidy <- struct{}{}
 		defer func() { <-manyTidy }()
 		o.mu.Lock() // the locks do not go while it is held and there is a claim

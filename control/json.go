@@ -83,7 +83,11 @@ func marshal(v any) []byte {
 // appendLine appends v as the socket sends it: spaces after commas and
 // colons, everything beyond ASCII escaped, CRLF.
 func appendLine(dst []byte, v any) []byte {
-	src := marshal(v)
+	return append(appendSpaced(dst, marshal(v)), "\r\n"...)
+}
+
+// appendSpaced is appendLine of JSON without spaces, without the CRLF.
+func appendSpaced(dst, src []byte) []byte {
 	quoted := false
 	for i := 0; i < len(src); {
 		c := src[i]
@@ -116,5 +120,5 @@ func appendLine(dst []byte, v any) []byte {
 		}
 		i++
 	}
-	return append(dst, "\r\n"...)
+	return dst
 }

@@ -215,8 +215,22 @@ func (s *Server) serve(nc net.Conn) {
 
 // send reports whether the client can still be talked to.
 func (c *session) send(v any) bool {
-	c.line = appendLine(c.line[:0], v)
+	if a, ok := v.(answer); ok && a.Error == nil && a.Return == (struct{}{}) {
+		c.line = appendDone(c.line[:0], a.ID)
+	} else {
+		c.line = appendLine(c.line[:0], v)
+	}
 	return c.out.send(c.line)
+}
+
+// appendDone is appendLine of an answer that says no more than that the command
+// was carried out. At a handover encoding/json takes 5 us for that.
+func appendDone(dst []byte, id *any) []byte {
+	dst = append(dst, `{"return": {}`...)
+	if id != nil {
+		dst = appendSpaced(append(dst, `, "id": `...), appendJSON(nil, *id))
+	}
+	return append(dst, "}\r\n"...)
 }
 
 // execute runs one request. last says that the session ends with its answer.

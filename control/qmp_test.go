@@ -520,3 +520,16 @@ func FuzzQMP(f *testing.F) {
 		}
 	})
 }
+
+// The usual answer is what the general way makes of it.
+func TestAppendDone(t *testing.T) {
+	for _, id := range []any{nil, number("17"), "a, b: é\\", []any{number("1"), "x"}, &object{[]string{"k"}, map[string]any{"k": true}}} {
+		a := answer{Return: struct{}{}}
+		if id != nil {
+			a.ID = &id
+		}
+		if got, want := string(appendDone(nil, a.ID)), string(appendLine(nil, a)); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+}

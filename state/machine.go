@@ -40,6 +40,9 @@ type Options struct {
 	Patience time.Duration
 	// Watch is how often an active image is checked (Watcher); 1 s when zero.
 	Watch time.Duration
+	// Later runs what a transition leaves to be done and nobody is to wait for.
+	// nil: the transition does it.
+	Later func(func())
 }
 
 // Transition reports a completed change of state.

@@ -13,19 +13,29 @@ type watch struct {
 	m    *Machine
 	lane *Lane
 
-	mu      sync.Mutex // a leaf
-	timer   *time.Timer
+	mu      sync.Mutex  // a leaf
+	timer   *time.Timer // nil before it has begun
 	stopped bool
 }
 
 func (m *Machine) startWatch() {
 	w := &watch{m: m, lane: m.Lane(nil, nil)}
-	w.mu.Lock()
-	w.timer = time.AfterFunc(m.opt.Watch, w.tick)
-	w.mu.Unlock()
 	m.mu.Lock()
 	m.mu.watch = w
 	m.mu.Unlock()
+	if m.opt.Later != nil {
+		m.opt.Later(w.begin)
+	} else {
+		w.begin()
+	}
+}
+
+func (w *watch) begin() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.stopped {
+		w.timer = time.AfterFunc(w.m.opt.Watch, w.tick)
+	}
 }
 
 // endWatch is followed by synchronize, after which no Check runs.
@@ -39,7 +49,7 @@ func (m *Machine) endWatch() {
 	}
 	w.mu.Lock()
 	w.stopped = true
-	idle := w.timer.Stop()
+	idle := w.timer == nil || w.timer.Stop()
 	w.mu.Unlock()
 	if idle {
 		w.lane.Close() // otherwise tick does

@@ -93,6 +93,7 @@ type daemon struct {
 	engine   *ioloop.Engine
 	nbd      *control.NBD
 	control  *control.Server
+	later    *control.Later
 
 	supervisor      control.Supervisor
 	tls             *tls.Config    // of listeners, nil for none
@@ -111,7 +112,7 @@ func newDaemon(opt daemonOptions, log *zap.Logger) (*daemon, error) {
 		return nil, err
 	}
 	d := &daemon{
-		opt: opt, log: log, supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
+		opt: opt, log: log, later: control.NewLater(), supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
 		listeners: opt.inherited.nbd, controlListener: opt.inherited.control,
 	}
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Ring: ring, Log: log})
@@ -234,6 +235,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		opt.ControlAddress = address
 	}
 	opt.Warn = func(text string) { log.Warn(text) }
+	opt.Later = d.later.Do
 	opt.AllowBacking, opt.NoRepair, opt.L2Cache = d.opt.allowBacking, d.opt.noRepair, cmp.Or(opt.L2Cache, d.opt.l2Cache)
 	img, hooks, err := openImage(opt.Options)
 	if err != nil {
@@ -243,6 +245,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 	options := state.Options{
 		ReadOnly: opt.ReadOnly, Hold: opt.demand.inactive.hold, Wanted: takeover.Want,
 		RefuseLate: len(opt.demand.peers) > 0 && !opt.demand.back,
+		Later:      d.later.Do,
 	}
 	var pace *ioloop.Pace
 	if !opt.ReadOnly && (opt.Cache == backend.CacheWriteback || opt.Cache == "") { // otherwise no write leaves anything dirty
@@ -374,5 +377,6 @@ func (d *daemon) close() error {
 	if d.pidFile != nil {
 		d.pidFile.Remove()
 	}
+	d.later.Close()
 	return err
 }
