@@ -264,14 +264,19 @@ func (o *ownerRecord) check() error {
 	return err
 }
 
-// settled is look at the end of an ownership, which changes nothing yet.
+// settled is look at the end of an ownership, which changes nothing yet. What its
+// claim has left goes, if that was so short that tidy has not come to it: the next
+// owner would have to remove it before its own record can be made.
 func (o *ownerRecord) settled() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.mine == nil {
 		return nil
 	}
-	_, err := o.look(o.place.Load().Path)
+	v, err := o.look(o.place.Load().Path)
+	if v == stillMine {
+		o.tidyLocked()
+	}
 	return err
 }
 

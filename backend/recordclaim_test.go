@@ -259,3 +259,45 @@ func TestRecordCheckedBeside(t *testing.T) {
 	must(t, r.Release())
 	wantRecord(t, path, 1, true)
 }
+
+// What a claim leaves is removed later, or when the ownership ends before that.
+func TestRecordTidiedBeforeItIsLate(t *testing.T) {
+	path := writeFile(t, t.TempDir(), make([]byte, 4096))
+	var later []func()
+	runLater := func() {
+		for _, f := range later {
+			f()
+		}
+		later = nil
+	}
+	r := openImage(t, Options{Path: path, Later: func(f func()) { later = append(later, f) }}, nil)
+	take := func() {
+		must(t, r.Acquire())
+		must(t, r.Load(false))
+		_, err := r.Claim(0)
+		must(t, err)
+		r.PublishActive()
+		r.Retire()
+	}
+	left := func() bool {
+		_, err := os.Lstat(path + ".owner.tmp")
+		return err == nil
+	}
+	for range 3 {
+		take()
+		must(t, inactivate(r))
+		if left() {
+			t.Error("what the claim has left is in the way of the next owner")
+		}
+	}
+	take()
+	if !left() {
+		t.Error("removed while the order was carried out")
+	}
+	runLater()
+	if left() {
+		t.Error("not removed later")
+	}
+	must(t, inactivate(r))
+	runLater()
+}
