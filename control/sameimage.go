@@ -132,8 +132,9 @@ func (p *proof) run(ctx context.Context, assume bool, nodes []string) (pairs []P
 	}
 }
 
-// overwritten reports whether another proof has put its word where ours was: a
-// record has room for one, and two exporters may want an image at once.
+// overwritten reports whether another proof has put its word where ours was, or
+// was about to when neither side owned the image: a record has room for one, and
+// several exporters may want an image at once.
 func (p *proof) overwritten(ctx context.Context) bool {
 	look := func(side Prover, was []Identity, nonce string) bool {
 		was = slices.DeleteFunc(slices.Clone(was), func(i Identity) bool { return !i.Noted })
@@ -141,9 +142,27 @@ func (p *proof) overwritten(ctx context.Context) bool {
 			return false
 		}
 		now, err := reread(ctx, side, was)
-		return err == nil && slices.ContainsFunc(now, func(i Identity) bool { return i.Active && i.RecordError == "" && i.Nonce != noteFor(nonce, i.Node) })
+		return err == nil && slices.ContainsFunc(now, func(i Identity) bool {
+			return i.Active && i.RecordError == "" && i.Nonce != noteFor(nonce, i.Node)
+		})
 	}
-	return look(p.a, p.as, p.nonceA()) || look(p.b, p.bs, p.nonceB())
+	if look(p.a, p.as, p.nonceA()) || look(p.b, p.bs, p.nonceB()) {
+		return true
+	}
+	for i := range p.as {
+		for j := range p.bs {
+			if a, b := &p.as[i], &p.bs[j]; a.oneOwner(b) && a.Nonce != b.Nonce {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// oneOwner reports whether two sides that do not own it read a record of the same
+// ownership.
+func (i *Identity) oneOwner(o *Identity) bool {
+	return !i.Active && !o.Active && i.Epoch != 0 && i.Epoch == o.Epoch && i.Since.Equal(o.Since)
 }
 
 // reread looks again at what a side has; what it noted stays noted.
@@ -178,7 +197,7 @@ func prove(a, b *Identity) (proof Proof, why string) {
 		return "", "each side owns its own"
 	case owner.Noted && other.Record != "":
 		return "", fmt.Sprintf("what the owner wrote into %s does not stand in %s", owner.Record, other.Record)
-	case !a.Active && !b.Active && a.Nonce != "" && a.Nonce == b.Nonce && a.Epoch == b.Epoch && a.Since.Equal(b.Since):
+	case a.Nonce != "" && a.Nonce == b.Nonce && a.oneOwner(b):
 		return ProofRecord, ""
 	}
 	return "", ""

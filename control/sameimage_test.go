@@ -195,6 +195,13 @@ func TestSameImagesTwice(t *testing.T) {
 				t.Error("a copy is taken for the image")
 			}
 		}
+		// Nor those of two that do not own it, while the owner's word changes.
+		third := newFakeSide("third", s, false)
+		for times := range 4 {
+			if _, err := SameImages(t.Context(), third, &disturbed{other, owner, times}, false); err != nil {
+				t.Errorf("neither owns it, disturbed %d times: %v", times, err)
+			}
+		}
 		_, err := SameImages(t.Context(), owner, &disturbed{other, owner, 1000}, false)
 		if err == nil || !strings.Contains(err.Error(), "at the same time") {
 			t.Errorf("disturbed for ever: %v", err)
