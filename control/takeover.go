@@ -309,8 +309,7 @@ func (t *Takeover) find(p *reachedPeer) error {
 	c, err := Dial(ctx, p.name)
 	local := !strings.HasPrefix(p.name, execPrefix) // what such a command lacks says nothing
 	if local && (errors.Is(err, syscall.ENOENT) || errors.Is(err, syscall.ECONNREFUSED)) {
-		p.said = p.name + " is gone"
-		return nil
+		return t.gone(p)
 	}
 	if err != nil {
 		p.said, err = t.silent(p.name, false, err)
@@ -364,13 +363,35 @@ func (t *Takeover) silent(peer string, lives bool, cause error) (said string, er
 	return "", fmt.Errorf("%w; the locks do not reach every host, so it is not activated without the peer's word", cause)
 }
 
+// gone is what is made of a peer on whose socket nobody listens: the locks tell
+// whether it lives all the same. Without any, only the record does.
+func (t *Takeover) gone(p *reachedPeer) error {
+	p.said = p.name + " is gone"
+	if t.target.Locks == nil || t.target.Locks().Scope != "off" {
+		return nil
+	}
+	if r := t.lastOwner(); r != nil && !r.Clean && r.Process() != backend.ProcessEnded {
+		return fmt.Errorf("%s, but the owner record names %s, which has not let go, and no locks keep two owners apart; if it has ended, give the order to activate", p.said, r.Owner(time.Now()))
+	}
+	return nil
+}
+
 // letGoElsewhere reports whether the owner record says that a process of
 // another host had the image last, and let go in order. One that names this
 // host may be one that other hosts do not see, and write their own.
 func (t *Takeover) letGoElsewhere() bool {
+	r := t.lastOwner()
+	return r != nil && r.Clean && t.me.Host != "" && r.Host != t.me.Host
+}
+
+// lastOwner is what the owner record says; nil if there is none, or none is kept.
+func (t *Takeover) lastOwner() *backend.OwnerRecord {
 	if t.target.Record == nil || t.target.Record().Path == "" {
-		return false
+		return nil
 	}
 	seen, err := backend.Who(t.name(), t.target.Record().Path)
-	return err == nil && seen.Owner != nil && seen.Owner.Clean && t.me.Host != "" && seen.Owner.Host != t.me.Host
+	if err != nil {
+		return nil
+	}
+	return seen.Owner
 }

@@ -313,23 +313,36 @@ func TestTakeoverRecord(t *testing.T) {
 	tk := NewTakeover(TakeoverConfig{})
 	defer tk.Close()
 	tk.me.Host = "here"
+	img := &fakeImage{info: backend.Info{Path: image}}
 	tk.target = &Target{
-		Image: &fakeImage{info: backend.Info{Path: image}}, Record: func() Record { return record }, Locks: func() Locks { return Locks{Scope: e.scope} },
+		Image: img, Machine: state.NewMachine(img, state.Options{}), Record: func() Record { return record }, Locks: func() Locks { return Locks{Scope: e.scope} },
 	}
 	for name, c := range map[string]struct {
 		text  string // of the record
 		lives bool
 		taken bool
 	}{
-		"none":                  {"", false, false},
-		"let go elsewhere":      {`"host":"there","clean":true`, false, true},
-		"let go, and it lives":  {`"host":"there","clean":true`, true, false},
-		"owned elsewhere":       {`"host":"there","clean":false`, false, false},
-		"let go here":           {`"host":"here","clean":true`, false, false},
-		"owned here until dead": {`"host":"here","clean":false`, false, false},
+		"none":                     {"", false, false},
+		"let go elsewhere":         {`"host":"there","clean":true`, false, true},
+		"let go, and it lives":     {`"host":"there","clean":true`, true, false},
+		"owned elsewhere":          {`"host":"there","clean":false`, false, false},
+		"let go here":              {`"host":"here","clean":true`, false, false},
+		"owned here until dead":    {`"host":"here","clean":false`, false, false},
+		"owned here, and it lives": {`"host":"here","clean":false`, false, false},
 	} {
 		if c.text != "" {
 			c.text = `{` + c.text + `,"pid":1,"boot-id":"x","since":"2026-11-23T10:00:00Z","epoch":3}`
+		}
+		if strings.HasPrefix(name, "owned here") { // as Process sees it
+			host, _ := os.Hostname()
+			c.text = strings.Replace(c.text, "here", host, 1)
+		}
+		if name == "owned here, and it lives" {
+			boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.text = strings.Replace(c.text, `"x"`, `"`+strings.TrimSpace(string(boot))+`"`, 1)
 		}
 		if err := os.WriteFile(record.Path, []byte(c.text), 0o600); err != nil {
 			t.Fatal(err)
@@ -338,6 +351,15 @@ func TestTakeoverRecord(t *testing.T) {
 		if (err == nil) != c.taken || (said != "") != c.taken {
 			t.Errorf("%s: %q, %v", name, said, err)
 		}
+		// With no locks at all it is the only guard against one whose socket is gone.
+		for scope, guarded := range map[string]bool{"off": name == "owned elsewhere" || name == "owned here, and it lives", "host-local": false} {
+			e.scope = scope
+			p := &reachedPeer{name: image + ".ctl"}
+			if err := tk.find(p); (err != nil) != guarded || err == nil && !strings.Contains(p.said, "is gone") {
+				t.Errorf("%s, gone, locks %s: %q, %v", name, scope, p.said, err)
+			}
+		}
+		e.scope = "host-local"
 		if c.taken {
 			record.Path = ""
 			if _, err := tk.silent("peer", c.lives, errors.New("why")); err == nil {
