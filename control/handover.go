@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 )
 
@@ -184,7 +185,9 @@ func (h *handover) inactivate() bool {
 		h.end(HandoverUnknown, fmt.Errorf("stopped at once, as told, while the source was inactivating: %w", err))
 		return false
 	case answered(err):
-		if h.interrupted() {
+		if h.half(h.from, o) {
+			h.takeBack(fmt.Errorf("the source did not inactivate all images: %w", err))
+		} else if h.interrupted() {
 			h.end(HandoverCancelled, fmt.Errorf("interrupted; the source goes on as before: %w", err))
 		} else {
 			h.end(HandoverRefused, fmt.Errorf("the source did not inactivate: %w", err))
@@ -240,6 +243,8 @@ func (h *handover) activate() {
 		switch {
 		case f == fateDone:
 			h.moved()
+		case f == fateUnknown && h.half(h.to, o) && h.undo(o) == nil:
+			h.takeBack(fmt.Errorf("the destination did not activate all images, and has let go of the others: %w", err))
 		case f == fateUnknown && !errors.Is(why, errUnheard):
 			h.end(HandoverUnknown, fmt.Errorf("the destination did not activate: %w; and yet %w", err, why))
 		default:
@@ -257,6 +262,30 @@ func (h *handover) activate() {
 	default:
 		h.end(HandoverUnknown, fmt.Errorf("the destination did not answer the order to activate (%w), and may own the images: %w", err, why))
 	}
+}
+
+// half reports whether a side that answered that an order failed has carried it
+// out for some images: QEMU's daemon stops at the first that fails, and leaves
+// those before it as ordered. Where that cannot be told it may be so.
+func (h *handover) half(s Side, o Order) bool {
+	if s.Extended() || len(o.Nodes) == 1 {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(h.ctx, fatePatience)
+	defer cancel()
+	now, err := s.Status(ctx)
+	return err != nil || slices.ContainsFunc(o.Nodes, func(node string) bool {
+		i := now.image(node)
+		return i != nil && i.State.Owns() == o.Active
+	})
+}
+
+// undo has the destination let go of what it got by order o.
+func (h *handover) undo(o Order) error {
+	o.Name, o.Active = h.name+"-undo", false
+	return h.step("inactivate", "the destination", func(ctx context.Context) error {
+		return h.to.SetActive(ctx, o)
+	})
 }
 
 func (h *handover) moved() {

@@ -39,6 +39,7 @@ type trouble string
 const (
 	fine       trouble = ""
 	fails      trouble = "answers failure"
+	half       trouble = "answers failure, the first was carried out" // QEMU's
 	failsMute  trouble = "answers failure, and then never again"
 	vanishes   trouble = "no answer, was not carried out"
 	done       trouble = "no answer, was carried out"
@@ -209,6 +210,10 @@ func (f *fakeSide) SetActive(ctx context.Context, o Order) error {
 		fallthrough
 	case fails:
 		return generic("%s: it does not want to", f.name)
+	case half:
+		o.Nodes = []string{nodeName(0)}
+		_ = f.apply(o)
+		return generic("%s: only one of them", f.name)
 	case vanishes:
 		return errBroken
 	case late:

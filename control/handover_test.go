@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
@@ -370,6 +371,37 @@ func TestHandoverWithQEMU(t *testing.T) {
 			t.Fatalf("%+v", r)
 		}
 	})
+}
+
+// QEMU's daemon stops an order for all nodes at the first that fails, and leaves
+// those before it as ordered. All images or none is for the handover to see to.
+func TestHandoverHalfByQEMU(t *testing.T) {
+	for _, c := range []struct {
+		plain    string // side
+		from, to map[string]trouble
+		outcome  HandoverOutcome
+		owner    string
+		orders   string // to the plain side
+	}{
+		{"a", on("inactivate", half), nil, HandoverReturned, "a", "inactivate reactivate"},
+		{"a", on("inactivate", fails), nil, HandoverRefused, "a", "inactivate"},
+		{"a", map[string]trouble{"inactivate": half, "reactivate": fails}, nil, HandoverUnowned, "mixed", "inactivate reactivate"},
+		{"b", nil, on("activate", half), HandoverReturned, "a", "activate inactivate"},
+		{"b", nil, map[string]trouble{"activate": half, "inactivate": fails}, HandoverUnknown, "mixed", "activate inactivate"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newFakeStore(2)
+			a, b := newFakeSide("a", s, true), newFakeSide("b", s, false)
+			a.plain, b.plain = c.plain == "a", c.plain == "b"
+			maps.Copy(a.trouble, c.from)
+			maps.Copy(b.trouble, c.to)
+			r := Handover(context.Background(), a, b, HandoverOptions{AssumeSameImage: true, Nodes: a.nodes()})
+			orders := strings.Join(map[string][]string{"a": a.orders, "b": b.orders}[c.plain], " ")
+			if r.Outcome != c.outcome || s.owner(t) != c.owner || orders != c.orders {
+				t.Errorf("%+v: %q (%s), %q owns them, orders %s", c, r.Outcome, r.Error, s.owner(t), orders)
+			}
+		})
+	}
 }
 
 // An interrupt before the source is inactive leaves everything as it was,
