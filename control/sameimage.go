@@ -57,7 +57,8 @@ const (
 // b that is the same, proven through the storage, and sees that both have one
 // format and size. Which side owns the image does not matter. With assume,
 // images for which there is no proof, and no disproof, are matched by node
-// name if nodes are named, else by export name, or as the only ones of both.
+// name if nodes are named, or an export has none that is known, else by export
+// name, or as the only ones of both.
 //
 // It changes nothing but the nonce in owner records. It blocks for as long as
 // the storage of either side does, or until ctx ends.
@@ -268,7 +269,12 @@ func namesake(a *Identity, bs []Identity, of int, nodes []string) int {
 	if len(nodes) > 0 {
 		return same(func(b *Identity) bool { return b.Node == a.Node })
 	}
-	return same(func(b *Identity) bool { return b.Export == a.Export && a.Export != "" })
+	return same(func(b *Identity) bool {
+		if a.Export == "" || b.Export == "" { // QEMU's daemon does not tell
+			return b.Node == a.Node
+		}
+		return b.Export == a.Export
+	})
 }
 
 // noProof says why there is none.

@@ -299,6 +299,34 @@ func TestHandoverWithQEMU(t *testing.T) {
 	}
 }
 
+// An order for several nodes that QEMU's daemon refuses half way does not leave
+// those before with no owner.
+func TestHandoverHalfByQEMU(t *testing.T) {
+	ours, qemu := startManager(t, managers[0]), startManager(t, managers[1])
+	for _, name := range []string{"a", "b"} {
+		image := ours.image(name+".img", mib)
+		for _, m := range []*manager{ours, qemu} {
+			active := m == qemu
+			m.must(
+				fmt.Sprintf(`blockdev-add {"driver":"file","node-name":"%s-file","filename":"%s","active":%t}`, name, image, active),
+				fmt.Sprintf(`blockdev-add {"driver":"raw","node-name":"%s","file":"%[1]s-file","active":%t}`, name, active))
+		}
+	}
+	for _, m := range []*manager{ours, qemu} {
+		m.must(`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd"}}}`,
+			`block-export-add {"type":"nbd","id":"a","node-name":"a","writable":true,"allow-inactive":true}`,
+			fmt.Sprintf(`block-export-add {"type":"nbd","id":"b","node-name":"b","writable":true,"allow-inactive":%t}`, m == ours))
+	}
+	control := func(m *manager) string { return filepath.Join(m.dir, "ctl") }
+	qemu.q.Close() // it serves one client at a time
+	h := handover(t, control(qemu), control(ours), "--assume-same-image")
+	if h.Outcome != "returned" || h.From.State != "active" || h.To.State != "inactive" {
+		t.Errorf("%+v", h)
+	}
+	qemu.kill()
+	ours.quit()
+}
+
 func TestControlStdio(t *testing.T) {
 	e := serve(t, sparseImage(t, tmpfsDir(t), mib))
 	const talk = `{"execute":"qmp_capabilities"}{"execute":"query-version","id":"last"}`
