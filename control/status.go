@@ -46,9 +46,22 @@ type ImageStatus struct {
 	Cause     string `json:"cause,omitempty"`
 	LastError string `json:"last-error,omitempty"`
 
+	// Slow is the oldest request that storage has not finished, if that takes
+	// longer than slowRequest.
+	Slow *SlowRequest `json:"slow-request,omitempty"`
+
 	Locks  Locks  `json:"locks"`
 	Record Record `json:"owner-record"`
 	ioloop.Stats
+}
+
+// slowRequest is how long a request may take before status tells of it.
+const slowRequest = time.Second
+
+// SlowRequest is a request that storage takes long for.
+type SlowRequest struct {
+	Request string  `json:"request"` // in words
+	Seconds float64 `json:"seconds"`
 }
 
 // Repair is how far a repair has come, in bytes of the image.
@@ -152,6 +165,9 @@ func (t *Target) Status() ImageStatus {
 	}
 	if m.Step != "" {
 		s.StepSeconds = time.Since(m.StepSince).Seconds()
+	}
+	if what, age := t.Machine.Oldest(); age > slowRequest {
+		s.Slow = &SlowRequest{what, age.Seconds()}
 	}
 	if t.Repairing != nil {
 		if done, total := t.Repairing(); total > 0 {

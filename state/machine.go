@@ -341,6 +341,16 @@ func (m *Machine) in(s State) bool {
 	return m.mu.state == s
 }
 
+// Oldest describes the oldest request that is admitted and that its connection
+// has not answered at once, as where storage hangs; "" if there is none.
+func (m *Machine) Oldest() (what string, age time.Duration) {
+	what, age = m.gate.oldest()
+	if age == 0 {
+		return "", 0
+	}
+	return what, age
+}
+
 func (m *Machine) slow(oldest string, age time.Duration) {
 	if m.opt.SlowDrain != nil {
 		m.opt.SlowDrain(m.name, oldest, age)

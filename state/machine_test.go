@@ -122,6 +122,9 @@ func TestSlowDrainNamesTheOldest(t *testing.T) {
 		r.lanes[0].LeaveRead(read)
 		noError(t, finished(t, "inactivate", out))
 		check(t, "told", strings.Join(told, "; "), "a: old, 4.999s; a: old, 1m4.999s")
+		if what, age := r.ms[0].Oldest(); what != "old" || age != 2*time.Minute-time.Millisecond {
+			t.Errorf("the oldest is %q, %v", what, age)
+		}
 	})
 }
 

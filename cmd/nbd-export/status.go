@@ -168,6 +168,9 @@ func statusBlocks(s control.Status, now time.Time) [][]statusRow {
 		}
 		row("connections", "%d", i.Connections)
 		row("in flight", "%d", i.InFlight)
+		if i.Slow != nil {
+			row("slow", "%s, for %s", i.Slow.Request, seconds(i.Slow.Seconds))
+		}
 		if i.Held > 0 {
 			row("held", "%s in %s, until the image is active", about(uint64(i.HeldBytes)), count(uint64(i.Held), "write"))
 		}

@@ -19,6 +19,7 @@ func TestWriteStatus(t *testing.T) {
 				Exports: []control.Export{{Name: "disk", Writable: true}, {}, {Name: "copy"}}, Since: now.Add(-1234 * time.Millisecond), Step: "sync-ahead", StepSeconds: 1.2,
 				Locks:  control.Locks{Held: "100,101,103,201,203", Scope: "cluster"},
 				Record: control.Record{Path: "/srv/a.img.owner"},
+				Slow:   &control.SlowRequest{Request: "write of 4096 bytes at 0 from unix pid 7", Seconds: 12.3},
 				Stats: ioloop.Stats{
 					Connections: 4, InFlight: 32, Reads: 31234, BytesRead: 1288490188, Writes: 512, BytesWritten: 512 * 4096,
 					Refused: 3, Errors: 1, Ahead: &ioloop.PaceStats{Syncs: 2, Dirty: 5 << 20, Slowed: 0.31, Delayed: 12},
@@ -47,6 +48,7 @@ locks        100,101,103,201,203 (cluster)
 owner record /srv/a.img.owner
 connections  4
 in flight    32
+slow         write of 4096 bytes at 0 from unix pid 7, for 12s
 read         1.2 GiB in 31234 requests
 written      2 MiB in 512 requests
 answered     3 requests refused, 1 with an error
