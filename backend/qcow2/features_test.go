@@ -228,6 +228,30 @@ func TestResize(t *testing.T) {
 	}
 }
 
+// A data file that is to be readable as the disk may have been longer than it: a
+// block device is.
+func TestResizeIntoRawDataFile(t *testing.T) {
+	const old, size = 100<<10 + 512, 300 << 10
+	f, data := memfile.New("image", nil), memfile.New("data", nil)
+	if err := Create(f, data, CreateOptions{Size: old, ClusterSize: 4096, DataFile: "data", DataFileRaw: true}); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(5, 5))
+	data = memfile.New("data", noise(rng, 400<<10))
+	want := data.Bytes()
+	clear(want[old:size])
+	im := begun(t, f, Options{Data: data})
+	if err := im.Resize(size); err != nil {
+		t.Fatal(err)
+	}
+	if i := differs(data.Bytes(), want); i >= 0 {
+		t.Errorf("the data file has other bytes at %d", i)
+	}
+	if i := differs(readAll(t, im), want[:size]); i >= 0 {
+		t.Errorf("the disk has other bytes at %d", i)
+	}
+}
+
 // A disk without a byte has no L1 table that its first one could replace.
 func TestResizeOfNothing(t *testing.T) {
 	for _, options := range []string{"compat=0.10", "cluster_size=512", "cluster_size=64k"} {

@@ -39,10 +39,8 @@ func (im *Image) Resize(size int64) error {
 			return err
 		}
 	}
-	if im.g.External && im.data.Length() < size {
-		if err := im.data.Resize(size); err != nil {
-			return err
-		}
+	if err := im.growData(old, size); err != nil {
+		return err
 	}
 	if err := im.openAllBitmaps(); err != nil {
 		return err
@@ -54,6 +52,23 @@ func (im *Image) Resize(size int64) error {
 	if err := im.settleBitmaps(); err != nil {
 		// They are whole in memory, and stored with the next Settle.
 		im.opts.Warn(err.Error())
+	}
+	return nil
+}
+
+// growData makes a data file reach to the end of the larger disk, and read as that
+// does if it has to.
+func (im *Image) growData(old, size int64) error {
+	if !im.g.External {
+		return nil
+	}
+	if n := min(im.data.Length(), size) - old; n > 0 && im.h.Autoclear&DataFileRaw != 0 {
+		if err := im.data.ZeroAt(old, n); err != nil {
+			return err
+		}
+	}
+	if im.data.Length() < size {
+		return im.data.Resize(size)
 	}
 	return nil
 }
