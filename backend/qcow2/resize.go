@@ -85,7 +85,12 @@ func (im *Image) enlarge(old, size int64) error {
 	if b := im.opts.Backing; b != nil {
 		hidden = max(hidden, min(b.Size(), size))
 	}
-	err := im.Zero(old, hidden-old, false)
+	var err error
+	if im.h.Autoclear&DataFileRaw != 0 {
+		err = im.mapData(old, size)
+	} else {
+		err = im.Zero(old, hidden-old, false)
+	}
 	if err == nil {
 		err = im.Flush()
 	}
@@ -100,6 +105,23 @@ func (im *Image) enlarge(old, size int64) error {
 		im.h.Size = old
 	}
 	return err
+}
+
+// mapData has the disk show what the data file has from..to, which are zeros, and
+// what anybody writes to it there, as in a new image.
+func (im *Image) mapData(from, to int64) error {
+	var p Plan
+	for from < to {
+		n := min(to-from, zeroStep)
+		if err := im.Prepare(&p, from, n, MayBlock); err != nil {
+			return err
+		}
+		if _, err := im.Commit(&p); err != nil {
+			return err
+		}
+		from += n
+	}
+	return nil
 }
 
 // writeSize makes the header name the disk's size.
