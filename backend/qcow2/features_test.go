@@ -283,6 +283,40 @@ func TestResizeOfNothing(t *testing.T) {
 	}
 }
 
+// TestL1ThatMayBeInTheFile: a write of the header has failed, and may be in the file
+// all the same. Whichever L1 table that names stays one.
+func TestL1ThatMayBeInTheFile(t *testing.T) {
+	f := &lying{withSectors(t, "", "cluster_size=512"), offL1Size}
+	im := begun(t, f, Options{Warn: func(string) {}})
+	shadow := readAll(t, im)
+	rng := rand.New(rand.NewPCG(2, 7))
+	for range 2 {
+		if err := im.Resize(300 << 20); !errors.Is(err, unix.EIO) {
+			t.Fatalf("%v", err)
+		}
+		// None of this takes the table's place.
+		for off := int64(0); off < im.Size(); off += 512 {
+			p := noise(rng, 512)
+			copy(shadow[off:], p)
+			if err := im.writeAt(p, off); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := im.Flush(); !errors.Is(err, unix.EIO) {
+			t.Fatalf("flushed, although the header may name another table: %v", err)
+		}
+		checked(t, f.Bytes(), false)
+	}
+	f.at = -1
+	if err := im.Settle(); err != nil {
+		t.Fatal(err)
+	}
+	checked(t, f.Bytes(), true)
+	if i := differs(readAll(t, opened(t, f, Options{})), shadow); i >= 0 {
+		t.Errorf("the disk has other bytes at %d", i)
+	}
+}
+
 // TestResizeWithManyTables: the new L1 table is longer than what one refcount
 // block counts. Whatever a crash leaves is the disk of before, of one of the
 // sizes.

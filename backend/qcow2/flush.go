@@ -153,6 +153,9 @@ func (im *Image) collect() *batch {
 
 // writeBatch is steps 2 and 3 of the package comment.
 func (im *Image) writeBatch(b *batch) error {
+	if err := im.sureOfL1(); err != nil {
+		return err
+	}
 	im.at(StepRefcounts)
 	for _, x := range b.blocks {
 		if err := im.writeTable(x.raw, x.b.off+x.lo); err != nil {

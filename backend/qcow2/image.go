@@ -62,6 +62,10 @@ type Image struct {
 	bitmaps  bitmaps
 	unpacked unpacked
 
+	// l1Unsure are tables that the header may name instead of ours, since a write of
+	// it has failed. Under flusher.running, or where nothing else runs.
+	l1Unsure []hostRange
+
 	// stepping: Begin or Settle is under way, beside which nothing changes
 	// tables. It is only looked at where Options.Step is set.
 	stepping bool

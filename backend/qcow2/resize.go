@@ -173,13 +173,9 @@ func (im *Image) growL1(need int64) error {
 	if err := im.Flush(); err != nil {
 		return err
 	}
-	field := binary.BigEndian.AppendUint32(nil, uint32(entries))
-	field = binary.BigEndian.AppendUint64(field, uint64(host))
-	if err := im.f.WriteAt(field, offL1Size, false); err != nil {
-		return err
-	}
-	named = true // it may be in the file now
-	if err := im.f.Sync(); err != nil {
+	named = true
+	if err := im.nameL1(int(entries), host); err != nil {
+		im.l1Unsure = append(im.l1Unsure, hostRange{host, clusters << im.g.ClusterBits})
 		return err
 	}
 	im.drop(hostRange{im.h.L1Offset, im.g.Clusters(8*int64(im.h.L1Entries)) << im.g.ClusterBits})
@@ -190,6 +186,30 @@ func (im *Image) growL1(need int64) error {
 		dirs[i].Store(im.dirs[i].Load())
 	}
 	im.l1, im.dirs = l1, dirs
+	return nil
+}
+
+// nameL1 has the header durably name an L1 table. Both fields are in one sector.
+func (im *Image) nameL1(entries int, off int64) error {
+	field := binary.BigEndian.AppendUint32(nil, uint32(entries))
+	field = binary.BigEndian.AppendUint64(field, uint64(off))
+	if err := im.f.WriteAt(field, offL1Size, false); err != nil {
+		return err
+	}
+	return im.f.Sync()
+}
+
+// sureOfL1 is called before L1 entries are written: the header names the table
+// they are in afterwards.
+func (im *Image) sureOfL1() error {
+	if len(im.l1Unsure) == 0 {
+		return nil
+	}
+	if err := im.nameL1(im.h.L1Entries, im.h.L1Offset); err != nil {
+		return err
+	}
+	im.dropped(im.l1Unsure)
+	im.l1Unsure = nil
 	return nil
 }
 
