@@ -81,10 +81,25 @@ func (f *File) inner(off, n int64) (lo, hi int64) {
 	return (off + a - 1) / a * a, (off + n) / a * a
 }
 
-// Punch gives the range's space back; it then reads as zeros. Of a block
-// device only whole sectors are punched. unix.EOPNOTSUPP, wrapped, says that
-// this file cannot, and that nothing was changed.
+// Punch gives the range's space back; it then reads as zeros. unix.EOPNOTSUPP,
+// wrapped, says that this file cannot, as a block device with a range that is not
+// of whole sectors, and that nothing was changed.
 func (f *File) Punch(off, n int64) error {
+	if err := f.inside("discard", off, n); err != nil {
+		return err
+	}
+	if lo, hi := f.inner(off, n); lo != off || hi != off+n {
+		return f.fail("discard", unix.EOPNOTSUPP)
+	}
+	defer f.lockRange(off, n)()
+	if err := f.punch(off, n); err != nil {
+		return f.fail("discard", err)
+	}
+	return nil
+}
+
+// Discard is Punch of what is of whole sectors in a range.
+func (f *File) Discard(off, n int64) error {
 	if err := f.inside("discard", off, n); err != nil {
 		return err
 	}
@@ -92,11 +107,7 @@ func (f *File) Punch(off, n int64) error {
 	if lo >= hi {
 		return nil
 	}
-	defer f.lockRange(lo, hi-lo)()
-	if err := f.punch(lo, hi-lo); err != nil {
-		return f.fail("discard", err)
-	}
-	return nil
+	return f.Punch(lo, hi-lo)
 }
 
 // Zero makes the range read as zeros, by the cheapest means there are:

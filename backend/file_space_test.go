@@ -142,12 +142,12 @@ func TestReadahead(t *testing.T) {
 }
 
 // loopDevice makes a block device over a sparse file of size bytes.
-func loopDevice(t *testing.T, size int64) string {
+func loopDevice(t *testing.T, size int64, options ...string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "backing")
 	must(t, os.WriteFile(path, nil, 0o600))
 	must(t, os.Truncate(path, size))
-	out, err := exec.Command("losetup", "--find", "--show", path).Output()
+	out, err := exec.Command("losetup", append(options, "--find", "--show", path)...).Output()
 	if err != nil {
 		t.Fatalf("cannot make a loop device: %v; run this as root, or do without with -skip %s", err, t.Name())
 	}

@@ -429,3 +429,29 @@ func TestQcowPlaceInWhatGrew(t *testing.T) {
 	must(t, inactivate(o))
 	checkQcow(t, path)
 }
+
+// Clusters that are smaller than a sector of the device cannot be punched, so what
+// was freed does not read as zeros.
+func TestQcowClustersSmallerThanSectors(t *testing.T) {
+	dev := loopDevice(t, 4<<20, "--sector-size", "4096")
+	qemuImg(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=512", dev, "1M")
+	o := openImage(t, Options{Path: dev, Format: "qcow2", Locking: LockingOff}, nil)
+	must(t, activate(o, false))
+	const part = 512 << 10
+	must(t, write(o, 0, pattern(part, 1), false))
+	must(t, o.Discard(0, part))
+	must(t, o.Flush())
+	must(t, o.Flush()) // by now they are free
+	one := []byte{1}
+	for off := int64(0); off < part; off += 512 {
+		must(t, write(o, off, one, false))
+	}
+	got := make([]byte, part)
+	must(t, read(o, 0, got))
+	for off := range got {
+		if off%512 != 0 && got[off] != 0 {
+			t.Fatalf("byte %d is %d, of what was there before", off, got[off])
+		}
+	}
+	must(t, inactivate(o))
+}

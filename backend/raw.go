@@ -223,7 +223,7 @@ func (r *raw) Discard(off, n int64) error {
 		return nil
 	}
 	return r.erase("discard", off, n, func(f *File) error {
-		err := f.Punch(off, n)
+		err := f.Discard(off, n)
 		if isErrno(err, unix.EOPNOTSUPP) {
 			return nil
 		}
