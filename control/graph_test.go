@@ -89,7 +89,7 @@ func (s *sized) Close() error {
 }
 
 func (g *graph) openImage(o backend.Options) (*Target, error) {
-	if o.Path == "none" || g.gone[o.Path] || o.Format == "qcow2" {
+	if o.Path == "none" || g.gone[o.Path] || o.Format == "qcow2" && !strings.HasSuffix(o.Path, ".qcow2") {
 		return nil, &fs.PathError{Op: "open image", Path: o.Path, Err: fmt.Errorf("%w; look again", unix.ENOENT)}
 	}
 	g.mu.Lock()
@@ -315,6 +315,10 @@ func TestResize(t *testing.T) {
 		`block_resize {"node-name":"f","size":-1}`, "Parameter 'size' expects a >0 size",
 		`blockdev-add {"driver":"file","node-name":"r","filename":"b","read-only":true}`, "ok",
 		`block_resize {"node-name":"r","size":4096}`, "Image is read-only",
+		// The size of a disk is not that of the file that it is in.
+		`blockdev-add {"driver":"qcow2","node-name":"q","file":{"driver":"file","node-name":"qf","filename":"c.qcow2"}}`, "ok",
+		`block_resize {"node-name":"qf","size":4096}`, "Permission conflict on node 'qf': permissions 'resize' are both required by an unnamed block device (uses node 'qf' as 'root' child) and unshared by node 'q' (uses node 'qf' as 'file' child).",
+		`block_resize {"node-name":"q","size":4096}`, "ok",
 	)
 	g.owned("a b")
 	if size := g.Targets()[0].Image.Size(); size != 4096 {

@@ -23,6 +23,8 @@ func (s *session) blockResize(a args) (any, error) {
 		return nil, generic("Parameter 'size' expects a >0 size")
 	case node == t.file.name && !file, node != t.file.name && !format:
 		return nil, errInactiveResize
+	case node == t.file.name && t.format != nil && t.format.driver == "qcow2":
+		return nil, generic("Permission conflict on node '%s': permissions 'resize' are both required by an unnamed block device (uses node '%s' as 'root' child) and unshared by node '%s' (uses node '%s' as 'file' child).", node, node, t.format.name, node)
 	case len(t.Exports()) > 0:
 		return nil, generic("Permission conflict on node '%s': permissions 'resize' are both required by an unnamed block device (uses node '%s' as 'root' child) and unshared by an export (remove it first)", node, node)
 	case t.readOnly():
