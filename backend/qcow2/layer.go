@@ -84,14 +84,16 @@ func Preallocated(f File, h *Header, allocated int64) (bool, error) {
 	}
 	per, used := g.refcountsPerBlock(), int64(0)
 	raw := make([]byte, g.ClusterSize())
-	for first := int64(0); first < end; first += per {
-		i := first / per
-		if i >= int64(len(im.refs.table)) || im.refs.table[i] == 0 {
+	for i, e := range im.refs.table {
+		off, first := int64(e), int64(i)*per
+		if first >= end {
+			break
+		}
+		if e == 0 {
 			continue
 		}
-		off := int64(im.refs.table[i])
 		if !g.tableOK(off) || off > f.Length()-g.ClusterSize() {
-			return false, im.damaged("entry %d of the refcount table, %#x, names no refcount block", i, uint64(off))
+			return false, im.damaged("entry %d of the refcount table, %#x, names no refcount block", i, e)
 		}
 		if err := f.ReadAt(raw, off); err != nil {
 			return false, err
