@@ -5,11 +5,13 @@ import (
 	"slices"
 )
 
-// counts are how often host clusters are named, by number. They take 16 KiB of
-// memory for each neighbourhood of 4096 clusters that has any.
+// counts are how often host clusters are named, by number. They take 1 KiB of
+// memory for each neighbourhood of 256 clusters that has any: less where entries
+// lead far apart in a file of holes than with larger ones, and no longer (1.0 s for
+// a full disk of 1 TiB, also with 4096; 1.4 s with 64).
 type counts map[int64]*[countsPage]uint32
 
-const countsPage = 4096
+const countsPage = 256
 
 func (s counts) get(c int64) uint32 {
 	if p := s[c/countsPage]; p != nil {
