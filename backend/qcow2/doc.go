@@ -48,8 +48,8 @@
 // An image takes at most, whatever its tables say: 64 MiB for the L1 table and
 // the directories of tables in memory, Options.L2Cache for these (more only while
 // so many are dirty), 8 MiB for the refcount table and 8 MiB for clean refcount
-// blocks, 3 MiB for runs of free clusters, and 250 MiB for the set of clusters
-// that metadata is in, which takes 40 bytes for each of them where they are far
-// apart: 100 KiB for a disk of 1 TiB with clusters of 64 KiB. All of that disk's
-// L2 tables are 128 MiB, and take 131.
+// blocks, 3 MiB for runs of free clusters, 1 MiB or one cluster of decompressed
+// ones, and 250 MiB for the set of clusters that metadata is in, which takes 40
+// bytes for each of them where they are far apart: 100 KiB for a disk of 1 TiB with
+// clusters of 64 KiB. All of that disk's L2 tables are 128 MiB, and take 131.
 package qcow2
