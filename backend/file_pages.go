@@ -73,10 +73,14 @@ func (f *File) mapPages() {
 	f.pages.base.Store((*byte)(p))
 }
 
-// trimPages takes the pages off the map, which fills again as it is used:
-// unmapping a GiB of 4 KiB pages takes 30 ms, and is not for the moment when
-// nobody owns the image.
+// trimPages takes the pages off the map, which fills again as it is used: writing
+// a page back looks for who maps it. On tmpfs nothing is written back, and unmapping,
+// 30 ms for a GiB of 4 KiB pages, is for later: there a pair of orders at 10,000
+// writes/s took 1.09 and 0.92 ms with trimming, 0.84 and 0.79 without.
 func (f *File) trimPages() {
+	if f.traits.Tmpfs {
+		return
+	}
 	if base := f.pages.base.Load(); base != nil {
 		_, _, _ = unix.Syscall(unix.SYS_MADVISE, uintptr(unsafe.Pointer(base)), uintptr(f.pages.length), unix.MADV_DONTNEED)
 	}
