@@ -117,6 +117,7 @@ type conn struct {
 	single   int           // reads in a row that were the only request: see startRead
 	deep     int           // how many more reply buffers are to be deep ones
 	gaps     []gap         // of the reply buffer
+	spliced  toSplice      // the gaps
 	pinned   []pinnedRead  // the first pins of them have gaps
 	pins     int
 

@@ -39,6 +39,7 @@ type Engine struct {
 	sched   *scheduler
 	ring    *Uring // nil in the portable engine
 	yielder yielder
+	pipes   pipes
 	log     *zap.Logger
 	stall   time.Duration
 
@@ -204,6 +205,7 @@ func (e *Engine) Shutdown(ctx context.Context) {
 // close is called when no connection is left and none will come.
 func (e *Engine) close() {
 	e.yielder.close()
+	e.pipes.close()
 	if e.ring == nil {
 		return
 	}

@@ -213,8 +213,8 @@ type hooked struct {
 	flushing   func() error
 	discarding func(off, n int64) error
 	caching    func(off, n int64)
-	// mapped: it has tables that a Commit leaves dirty. It does not change
-	// while the image is used.
+	// mapped: it has tables, that a Commit leaves dirty, so that what lies
+	// anywhere may move. It does not change while the image is used.
 	mapped bool
 	fresh  bool // what is prepared is said to be
 }
@@ -245,7 +245,11 @@ func (h *hooked) Map(p *backend.Plan, off, n int64, mode backend.Mode) error {
 			return err
 		}
 	}
-	return h.Image.Map(p, off, n, mode)
+	err := h.Image.Map(p, off, n, mode)
+	for i := range p.Extents {
+		p.Extents[i].Fixed = p.Extents[i].Fixed && !h.mapped
+	}
+	return err
 }
 
 func (h *hooked) Prepare(p *backend.Plan, off int64, payload []byte, mode backend.Mode) error {

@@ -100,6 +100,12 @@ func (o *outgoing) sendPages(segs [][]byte, total int, waits bool) int {
 	return o.pagesSent(n, total, err)
 }
 
+// splicePages is sendPages by way of p.
+func (o *outgoing) splicePages(p *pipe, segs [][]byte, total int, waits bool) int {
+	n, err := o.pages.splicePages(p, segs, waits || total > longSend)
+	return o.pagesSent(n, total, err)
+}
+
 // sendFile is sendPages of head and n bytes of a file.
 func (o *outgoing) sendFile(head []byte, fd int, off, n int64, waits bool) int {
 	sent, err := o.pages.sendFile(head, fd, off, n, waits || n > longSend)

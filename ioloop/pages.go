@@ -55,7 +55,7 @@ func (c *conn) pin() *pinnedRead {
 // gather is fetch without waiting, for the reply that ends dst with room for
 // the plan's bytes. What is in the page cache it leaves as gaps.
 func (c *conn) gather(p *backend.Plan, dst []byte, at int) error {
-	before := len(c.gaps)
+	before, spliced := len(c.gaps), c.spliced
 	refer := c.out.pages != nil && before+len(p.Extents) <= maxGaps
 	for i := range p.Extents {
 		e := &p.Extents[i]
@@ -70,13 +70,14 @@ func (c *conn) gather(p *backend.Plan, dst []byte, at int) error {
 			if refer {
 				if b := e.File.Pages(e.Offset, e.Length); b != nil {
 					c.gaps = append(c.gaps, gap{at, b, e.File, e.Offset, c.pins})
+					c.spliced.add(e)
 					break
 				}
 			}
 			_, err = e.File.TryReadAt(part, e.Offset)
 		}
 		if err != nil {
-			c.gaps = c.gaps[:before]
+			c.gaps, c.spliced = c.gaps[:before], spliced
 			return err
 		}
 		at += len(part)
@@ -98,7 +99,11 @@ func (c *conn) sendGaps() (sent int) {
 		at = g.at + len(g.pages)
 	}
 	segs = append(segs, c.reply.raw[at:c.filled])
-	sent = c.out.sendPages(segs, c.filled, waits)
+	if c.splices() {
+		sent = c.splice(segs, c.filled, c.spliced.bytes, waits)
+	} else {
+		sent = c.out.sendPages(segs, c.filled, waits)
+	}
 	clear(segs)
 	return sent
 }
@@ -136,7 +141,7 @@ func (c *conn) fillGaps(sent int) (reads int) {
 		}
 	}
 	clear(c.gaps)
-	c.gaps = c.gaps[:0]
+	c.gaps, c.spliced = c.gaps[:0], toSplice{}
 	reads, c.pins = c.pins, 0
 	for i := range c.pinned[:reads] {
 		c.disk.Image.Unmap(&c.pinned[i].plan)
@@ -251,9 +256,13 @@ func (t *task) send() (sent, total int) {
 		waits = waits || e.Kind == backend.Data && !e.File.Traits().InlineReads
 	}
 	e := &t.plan.Extents[0]
-	if len(segs) == 2 && len(t.plan.Extents) == 1 && e.Fixed && c.out.pages.prefersFile(e.Length, c.r < c.w) {
+	stays := len(segs) == 2 && len(t.plan.Extents) == 1 && e.Fixed
+	switch {
+	case stays && c.out.pages.prefersFile(e.Length, c.r < c.w):
 		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length, waits)
-	} else {
+	case stays && c.out.pages.prefersSplice(e.Length):
+		sent = c.splice(segs, total, len(segs[1]), waits)
+	default:
 		sent = c.out.sendPages(segs, total, waits)
 	}
 	clear(segs)

@@ -28,6 +28,8 @@ type pageHook struct {
 	before     func(segs [][]byte) (n int, err error, done bool)
 	beforeFile func()
 	files      preference
+	splices    preference
+	pipe       *pipe // of the present splicePages
 }
 
 type preference int
@@ -51,6 +53,30 @@ func (h *pageHook) sendPages(segs [][]byte, long bool) (int, error) {
 	return h.pageSender.sendPages(segs, long)
 }
 
+func (h *pageHook) splicePages(p *pipe, segs [][]byte, long bool) (int, error) {
+	h.mu.Lock()
+	h.calls++
+	h.pipe = p
+	before := h.before
+	h.mu.Unlock()
+	if before != nil {
+		if n, err, done := before(segs); done {
+			return n, err
+		}
+	}
+	return h.pageSender.splicePages(p, segs, long)
+}
+
+func (h *pageHook) prefersSplice(n int64) bool {
+	switch h.splices {
+	case never:
+		return false
+	case always:
+		return true
+	}
+	return h.pageSender.prefersSplice(n)
+}
+
 func (h *pageHook) sendFile(head []byte, fd int, off, n int64, long bool) (int, error) {
 	h.mu.Lock()
 	h.calls++
@@ -70,6 +96,14 @@ func (h *pageHook) prefersFile(n int64, more bool) bool {
 		return true
 	}
 	return h.pageSender.prefersFile(n, more)
+}
+
+// sendOnly sends pages as the hook was asked to.
+func (h *pageHook) sendOnly(pages []byte) (int, error) {
+	if h.pipe != nil {
+		return h.pageSender.splicePages(h.pipe, [][]byte{nil, pages}, false)
+	}
+	return h.pageSender.sendPages([][]byte{pages}, false)
 }
 
 func (h *pageHook) count() int {
@@ -99,12 +133,18 @@ func TestReadByReference(t *testing.T) {
 		want := pattern(3<<20+777, 1)
 		r := newRig(t, rigConfig{tmpfs: tmpfs, content: want})
 		defer testfs.KeepCached(t, r.path)()
-		for i, files := range []preference{asItIs, never, never, always, always} {
+		for i, how := range []struct {
+			files, splices preference
+			small          bool
+		}{
+			{asItIs, asItIs, false}, {never, never, false}, {never, never, true},
+			{never, always, false}, {never, always, true}, {always, never, false}, {always, never, true},
+		} {
 			link := link
-			if i%2 == 0 && i > 0 {
+			if how.small {
 				link = small(link)
 			}
-			h := pageHook{files: files}
+			h := pageHook{files: how.files, splices: how.splices}
 			c := r.connectWith(codec, link, h.install)
 			rnd := rand.New(rand.NewPCG(1, 1))
 			var missed []int64
@@ -225,10 +265,14 @@ func TestTruncatedUnderneath(t *testing.T) {
 // the process, go on.
 func TestTruncatedInTheAct(t *testing.T) {
 	for _, n := range []int64{4096, 32 << 10, 64 << 10, 1 << 20} {
-		for _, begun := range []int{0, 1, repSize, repSize + 1} {
-			t.Run(fmt.Sprintf("%d/begun=%d", n, begun), func(t *testing.T) {
+		for i, begun := range []int{0, 1, repSize, repSize + 1, 0} {
+			splices := never
+			if i == 4 {
+				splices = always
+			}
+			t.Run(fmt.Sprintf("%d/begun=%d/splice=%v", n, begun, splices == always), func(t *testing.T) {
 				r := newRig(t, rigConfig{tmpfs: true, content: pattern(4<<20, 1)})
-				var h pageHook
+				h := pageHook{splices: splices}
 				c := r.connectWith(&testCodec{}, socketpair, h.install)
 				c.ok(OpRead, 0, 0, n, nil)
 				await(t, c.conn.out.flushed(), "the writer of the first reply")
@@ -236,7 +280,7 @@ func TestTruncatedInTheAct(t *testing.T) {
 				h.before = func(segs [][]byte) (int, error, bool) {
 					must(t, os.Truncate(r.path, 0))
 					if begun == 0 {
-						n, err := h.pageSender.sendPages(segs[1:2], false) // the pages
+						n, err := h.sendOnly(segs[1])
 						if n != 0 || err != errFault {
 							t.Errorf("%d, %v, want a fault", n, err)
 						}
@@ -371,15 +415,17 @@ func TestHolesStayHoles(t *testing.T) {
 // A client that takes no replies holds up nothing: what its socket does not
 // take is read before the admission ends, and counts.
 func TestSlowReaderOfPages(t *testing.T) {
-	for i, n := range []int64{4096, 32 << 10, 200 << 10, 1 << 20, 200 << 10, 1 << 20} {
-		files := never
-		if i > 3 {
+	for i, n := range []int64{4096, 32 << 10, 200 << 10, 1 << 20, 200 << 10, 1 << 20, 4096, 32 << 10, 200 << 10, 1 << 20} {
+		files, splices := never, never
+		if i > 5 {
+			splices = always
+		} else if i > 3 {
 			files = always
 		}
-		t.Run(fmt.Sprintf("%d/%v", n, files == always), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%d/file=%v/splice=%v", n, files == always, splices == always), func(t *testing.T) {
 			want := pattern(4<<20, 1)
 			r := newRig(t, rigConfig{tmpfs: true, content: want, Config: Config{Memory: 64 << 20}})
-			h := pageHook{files: files}
+			h := pageHook{files: files, splices: splices}
 			c := r.connectWith(&testCodec{}, small(socketpair), h.install)
 			const count = 24
 			for i := range int64(count) {
@@ -411,7 +457,7 @@ func TestDeepReplies(t *testing.T) {
 	const count = 50 // more than one of the usual buffers holds
 	want := pattern(count*4096, 1)
 	r := newRig(t, rigConfig{tmpfs: true, content: want})
-	var h pageHook
+	h := pageHook{splices: never}
 	c := r.connectWith(&testCodec{}, socketpair, h.install)
 	batch := func() (sends int) {
 		before := h.count()

@@ -46,7 +46,7 @@ func (c *conn) filledUp() bool {
 	if len(c.gaps) == 0 {
 		return c.filled >= flushAt
 	}
-	return c.filled+flushRoom >= len(c.reply.raw)
+	return c.filled+flushRoom >= len(c.reply.raw) || c.spliced.full() && c.splices()
 }
 
 // sendReply sends the reply buffer, of which sent bytes are sent, or queues it.

@@ -41,6 +41,13 @@ type pageSender interface {
 	// page that cannot be read. long says that it may have to wait for a disk,
 	// or takes as long.
 	sendPages(segs [][]byte, long bool) (int, error)
+	// splicePages is sendPages of segs of which the second, the fourth and so on are
+	// not copied: they stay pages of the file until the client takes them. p has
+	// room for the others, and keeps what the socket does not take.
+	splicePages(p *pipe, segs [][]byte, long bool) (int, error)
+	// prefersSplice reports whether splicePages is the faster way for n bytes of
+	// pages.
+	prefersSplice(n int64) bool
 	// sendFile is sendPages of head and n bytes at off of the file fd, which
 	// are not copied: they stay pages of the file until the client takes them.
 	sendFile(head []byte, fd int, off, n int64, long bool) (int, error)

@@ -1,0 +1,223 @@
+package ioloop
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// roomy is link with room for many replies that nobody takes. It must not carry
+// large ones: those set the room anew.
+func roomy(link func(testing.TB) (a, b net.Conn)) func(testing.TB) (a, b net.Conn) {
+	return func(t testing.TB) (a, b net.Conn) {
+		a, b = link(t)
+		rc, err := b.(syscall.Conn).SyscallConn()
+		must(t, err)
+		must(t, rc.Control(func(fd uintptr) { err = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUFFORCE, 64<<20) }))
+		must(t, err)
+		return a, b
+	}
+}
+
+// What is spliced stays part of the file, which a write that comes before the client
+// takes the reply shows; what may become another block's, as in a qcow2 image, is
+// copied, and small reads are, with all that goes out with them.
+func TestSpliceOrCopy(t *testing.T) {
+	const size = 1 << 20
+	for _, c := range []struct {
+		name    string
+		mapped  bool
+		reads   []int64
+		spliced bool
+	}{
+		{"eight of 4k", false, []int64{4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, true},
+		{"four of 4k", false, []int64{4096, 4096, 4096, 4096}, true},
+		{"three of 4k", false, []int64{4096, 4096, 4096}, false},
+		{"one of 16k", false, []int64{16 << 10}, true},
+		{"one of 128k", false, []int64{128 << 10}, true},
+		{"with a small one", false, []int64{16 << 10, 512}, false},
+		{"mapped", true, []int64{4096, 4096, 4096, 4096, 16 << 10}, false},
+		{"one of 128k, mapped", true, []int64{128 << 10}, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			old := pattern(size, 1)
+			r := newRig(t, rigConfig{tmpfs: true, content: old, mapped: c.mapped})
+			cl := r.connectOver(&testCodec{}, roomy(socketpair))
+			cl.ok(OpRead, 0, 0, size, nil) // all of it has been seen
+			before := r.d.Stats().Reads
+			var wire []byte
+			for i, n := range c.reads {
+				b, _ := cl.header(OpRead, 0, int64(i)*64<<10, n)
+				wire = append(wire, b...)
+			}
+			first := cl.cookie - uint64(len(c.reads)) + 1
+			cl.write(wire)
+			eventually(t, "the replies are in the socket", func() bool {
+				return r.d.Stats().Reads == before+uint64(len(c.reads)) && isIdle(&cl.conn.out)
+			})
+			now := bytes.Repeat([]byte{0xa5}, size)
+			f, err := os.OpenFile(r.path, os.O_WRONLY, 0)
+			must(t, err)
+			defer f.Close()
+			_, err = f.WriteAt(now, 0)
+			must(t, err)
+			for range c.reads {
+				a := cl.next()
+				i := int64(a.cookie - first)
+				want := old
+				if c.spliced {
+					want = now
+				}
+				if off, n := i*64<<10, c.reads[i]; a.errno != 0 || !bytes.Equal(a.data, want[off:off+n]) {
+					t.Errorf("read %d of %d: %v, or not what was expected to be in the socket", i, n, a.errno)
+				}
+			}
+		})
+	}
+}
+
+func isIdle(o *outgoing) bool {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return !o.sending
+}
+
+// Headers that a socket has are not written again: more replies wait in sockets
+// than the memory for headers holds, twice over.
+func TestSplicedHeadersStay(t *testing.T) {
+	const n, batch = 4096, 8
+	want := pattern(1<<20, 1)
+	r := newRig(t, rigConfig{tmpfs: true, content: want})
+	cl := r.connectOver(&testCodec{}, roomy(socketpair))
+	rounds := 2*headsSize/(batch*repSize) + 1
+	first := cl.cookie + 1
+	for i := range int64(rounds) {
+		var wire []byte
+		for k := range int64(batch) {
+			b, _ := cl.header(OpRead, 0, (i*batch+k)%256*n, n)
+			wire = append(wire, b...)
+		}
+		before := r.d.Stats().Reads
+		cl.write(wire)
+		eventually(t, "a batch is in the socket", func() bool { return r.d.Stats().Reads == before+batch && isIdle(&cl.conn.out) })
+	}
+	r.e.pipes.mu.Lock()
+	if len(r.e.pipes.free) == 0 || r.e.pipes.open != len(r.e.pipes.free) {
+		t.Errorf("%d pipes, %d of them free", r.e.pipes.open, len(r.e.pipes.free))
+	}
+	r.e.pipes.mu.Unlock()
+	for range rounds * batch {
+		a := cl.next()
+		off := int64(a.cookie-first) % 256 * n
+		if a.errno != 0 || !bytes.Equal(a.data, want[off:off+n]) {
+			t.Fatalf("at %d: %v, or other bytes", off, a.errno)
+		}
+	}
+}
+
+// A socket that takes only part leaves the rest in the pipe, which the next send
+// must not see.
+func TestPipesStartEmpty(t *testing.T) {
+	var s pipes
+	defer s.close()
+	p := s.get()
+	if p == nil {
+		t.Fatal("no pipe")
+	}
+	a, b := socketpair(t)
+	defer a.Close()
+	defer b.Close()
+	smallBuffers(t, a, b)
+	sock := newTransport(b).(*socket)
+	data := pattern(256<<10, 1)
+	sent, err := sock.splicePages(p, [][]byte{[]byte("head"), data}, false)
+	if err != errAgain || sent == 0 || sent >= len(data) {
+		t.Fatalf("%d of %d sent, %v: want part of them", sent, len(data), err)
+	}
+	got := make([]byte, sent)
+	_, err = io.ReadFull(a, got)
+	must(t, err)
+	if !bytes.Equal(got, append([]byte("head"), data...)[:sent]) {
+		t.Error("other bytes")
+	}
+	s.put(p)
+	if p = s.get(); p == nil || p.held != 0 {
+		t.Fatalf("the pipe was not emptied: %+v", p)
+	}
+	if sent, err = sock.splicePages(p, [][]byte{[]byte("next")}, false); sent != 4 || err != nil {
+		t.Fatalf("%d, %v", sent, err)
+	}
+	s.put(p)
+	_, err = io.ReadFull(a, got[:4])
+	must(t, err)
+	if string(got[:4]) != "next" {
+		t.Errorf("%q after a send that was cut off", got[:4])
+	}
+}
+
+// A client that is gone is an error of the socket, not of the pages.
+func TestSpliceToNobody(t *testing.T) {
+	var s pipes
+	defer s.close()
+	p := s.get()
+	a, b := socketpair(t)
+	defer b.Close()
+	a.Close()
+	sent, err := newTransport(b).(*socket).splicePages(p, [][]byte{[]byte("head"), pattern(4096, 1)}, false)
+	if sent != 0 || !errors.Is(err, unix.EPIPE) {
+		t.Errorf("%d, %v", sent, err)
+	}
+	s.put(p)
+}
+
+// There are no more pipes than threads that run, and none are left when the
+// engine has been closed. Without one what was to be spliced is copied.
+func TestPipesAreFew(t *testing.T) {
+	var s pipes
+	var taken []*pipe
+	for {
+		p := s.get()
+		if p == nil {
+			break
+		}
+		if taken = append(taken, p); len(taken) > mostPipes {
+			t.Fatal("too many pipes")
+		}
+	}
+	for _, p := range taken {
+		s.put(p)
+	}
+	s.close()
+	for _, p := range taken {
+		if _, err := unix.FcntlInt(uintptr(p.r), unix.F_GETFD, 0); err == nil {
+			t.Error("a pipe is left open")
+		}
+	}
+	if s.get() != nil {
+		t.Error("a pipe after close")
+	}
+	for _, size := range []int64{4096, 64 << 10} {
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			want := pattern(1<<20, 1)
+			r := newRig(t, rigConfig{tmpfs: true, content: want})
+			r.e.pipes.off.Store(true)
+			h := pageHook{splices: always}
+			c := r.connectWith(&testCodec{}, socketpair, h.install)
+			for i := range int64(4) {
+				if a := c.ok(OpRead, 0, i*size, size, nil); !bytes.Equal(a.data, want[i*size:(i+1)*size]) {
+					t.Error("other bytes")
+				}
+			}
+			if h.pipe != nil || h.count() == 0 {
+				t.Errorf("%d sends by reference, spliced: %v", h.count(), h.pipe != nil)
+			}
+		})
+	}
+}
