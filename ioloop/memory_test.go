@@ -240,13 +240,19 @@ func TestEviction(t *testing.T) {
 				// A byte now and then is as good as none.
 				move := map[string]func([]byte) (int, error){"sipping": holder.nc.Read, "dripping": holder.nc.Write}[stall]
 				if move != nil {
-					go func() {
+					moved := background(func() {
 						for one, err := []byte{1}, error(nil); err == nil; time.Sleep(time.Millisecond) {
 							_, err = move(one)
 						}
+					})
+					defer func() {
+						holder.nc.Close()
+						await(t, moved, "the client to end")
 					}()
 				}
-				eventually(t, "the client stalls", func() bool { return holder.conn.stalledSince() != 0 })
+				eventually(t, "the client stalls, and holds memory", func() bool {
+					return holder.conn.stalledSince() != 0 && holder.conn.held.Load() > 8<<20
+				})
 				c := r.connectOver(&testCodec{}, link)
 				c.ok(OpRead, 0, 0, 8<<20, nil)
 				if err := holder.end(); !errors.Is(err, errStalled) {
