@@ -113,11 +113,11 @@ func TestSplicedHeadersStay(t *testing.T) {
 		t.Errorf("%d pipes, %d of them free", r.e.pipes.open, len(r.e.pipes.free))
 	}
 	r.e.pipes.mu.Unlock()
-	for range rounds * batch {
+	for i := range rounds * batch {
 		a := cl.next()
-		off := int64(a.cookie-first) % 256 * n
-		if a.errno != 0 || !bytes.Equal(a.data, want[off:off+n]) {
-			t.Fatalf("at %d: %v, or other bytes", off, a.errno)
+		off := int64(i) % 256 * n
+		if a.cookie != first+uint64(i) || a.errno != 0 || !bytes.Equal(a.data, want[off:off+n]) {
+			t.Fatalf("reply %d of %d: the header of %d, %v, or other bytes", i, rounds*batch, a.cookie-first, a.errno)
 		}
 	}
 }
