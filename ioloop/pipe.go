@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -43,9 +44,6 @@ type pipe struct {
 }
 
 func newPipe() (*pipe, error) {
-	if !splicesMany() {
-		return nil, errors.ErrUnsupported
-	}
 	heads, err := unix.Mmap(-1, 0, headsSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return nil, os.NewSyscallError("mmap", err)
@@ -71,16 +69,18 @@ var splicesMany = sync.OnceValue(func() bool {
 	return err == nil && (major > 6 || major == 6 && minor >= 5)
 })
 
+var errSmallPipe = errors.New("the user has too many pipes")
+
 func (p *pipe) open() error {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
 		return os.NewSyscallError("pipe2", err)
 	}
 	p.r, p.w, p.held = fds[0], fds[1], 0
-	// A user who has many gets smaller ones.
+	// A user who has many gets smaller ones: pipe-user-pages-soft.
 	if size, err := unix.FcntlInt(uintptr(p.w), unix.F_GETPIPE_SZ, 0); err != nil || size < pipeSlots*os.Getpagesize() {
 		p.closeFds()
-		return errors.ErrUnsupported
+		return errSmallPipe
 	}
 	return nil
 }
@@ -190,13 +190,17 @@ func (p *pipe) advance(n int) {
 	}
 }
 
+// lackPause is how long no pipe is made after there was none to be had.
+const lackPause = time.Second
+
 // pipes are an engine's, made as they are needed. Each is used within one send, by
 // a thread that runs, so there are never more than those.
 type pipes struct {
-	off  atomic.Bool // there are none to be had
+	off  atomic.Bool // there will be none
 	mu   sync.Mutex  // leaf
 	free []*pipe
 	open int
+	next time.Duration // by clock, when one may be made: descriptors, for example, were used up
 }
 
 // get takes an empty pipe, which is to be given back; nil if there is none.
@@ -211,12 +215,16 @@ func (s *pipes) get() *pipe {
 		s.free = s.free[:n-1]
 		return p
 	}
-	if s.open >= min(runtime.GOMAXPROCS(0), mostPipes) {
+	if s.open >= min(runtime.GOMAXPROCS(0), mostPipes) || clock() < s.next {
+		return nil
+	}
+	if !splicesMany() {
+		s.off.Store(true)
 		return nil
 	}
 	p, err := newPipe()
 	if err != nil {
-		s.off.Store(true)
+		s.next = clock() + lackPause
 		return nil
 	}
 	s.open++

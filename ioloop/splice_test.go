@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"runtime"
 	"syscall"
 	"testing"
 
@@ -220,4 +221,46 @@ func TestPipesAreFew(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Descriptors that are used up for a while stop neither the pipes there are nor
+// those to come.
+func TestPipesAfterALack(t *testing.T) {
+	var s pipes
+	defer s.close()
+	p := s.get()
+	if p == nil {
+		t.Fatal("no pipe")
+	}
+	withoutDescriptors(t, func() {
+		if runtime.GOMAXPROCS(0) > 1 && s.get() != nil {
+			t.Fatal("a pipe without descriptors")
+		}
+		s.put(p)
+		if s.get() != p {
+			t.Error("the pipe that there is was not used")
+		}
+		p.held = 1 // as after a send that was cut off
+		s.put(p)
+		if s.get() != nil {
+			t.Error("a pipe without descriptors")
+		}
+	})
+	if s.get() != nil {
+		t.Error("a pipe is tried for at once")
+	}
+	s.next = 0
+	if p = s.get(); p == nil {
+		t.Fatal("no pipe once there are descriptors")
+	}
+	s.put(p)
+}
+
+// withoutDescriptors runs fn while this process can open nothing.
+func withoutDescriptors(t *testing.T, fn func()) {
+	var old unix.Rlimit
+	must(t, unix.Prlimit(0, unix.RLIMIT_NOFILE, nil, &old))
+	must(t, unix.Prlimit(0, unix.RLIMIT_NOFILE, &unix.Rlimit{Max: old.Max}, nil))
+	defer func() { must(t, unix.Prlimit(0, unix.RLIMIT_NOFILE, &old, nil)) }()
+	fn()
 }
