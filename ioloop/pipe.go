@@ -57,9 +57,12 @@ func newPipe() (*pipe, error) {
 	return p, nil
 }
 
+// canSplice reports whether the system has what pipes are for.
+var canSplice = sync.OnceValue(func() bool { return splicesMany() && maySplice() })
+
 // splicesMany reports whether splice gives a socket many pages at once, which it
 // does since Linux 6.5; before, each was a send of its own.
-var splicesMany = sync.OnceValue(func() bool {
+func splicesMany() bool {
 	var u unix.Utsname
 	var major, minor int
 	if unix.Uname(&u) != nil {
@@ -67,7 +70,16 @@ var splicesMany = sync.OnceValue(func() bool {
 	}
 	_, err := fmt.Sscanf(unix.ByteSliceToString(u.Release[:]), "%d.%d", &major, &minor)
 	return err == nil && (major > 6 || major == 6 && minor >= 5)
-})
+}
+
+// maySplice reports whether no filter of system calls, such as seccomp's, forbids
+// them: otherwise they find out that -1 is no descriptor.
+func maySplice() bool {
+	const none = ^uintptr(0)
+	_, _, filling := syscall.RawSyscall6(unix.SYS_VMSPLICE, none, 0, 0, 0, 0, 0)
+	_, _, draining := syscall.RawSyscall6(unix.SYS_SPLICE, none, 0, none, 0, 1, 0)
+	return filling == unix.EBADF && draining == unix.EBADF
+}
 
 var errSmallPipe = errors.New("the user has too many pipes")
 
@@ -115,7 +127,8 @@ func (p *pipe) keep(b []byte) *byte {
 }
 
 // splice gives the socket what iov refers to, as far as that takes it without
-// waiting; the rest stays in the pipe. errAgain and errFault are as of pageSender.
+// waiting; the rest stays in the pipe. errAgain and errFault are as of pageSender;
+// errFault says also that the pipe did not take the pages for another reason.
 // iov is used up. long says that its pages may have to come from a disk.
 func (p *pipe) splice(rc syscall.RawConn, iov []unix.Iovec, long bool) (int, error) {
 	p.iov, p.long, p.sent, p.err = iov, long, 0, nil
@@ -147,7 +160,9 @@ func (p *pipe) spliceOnce(fd uintptr) bool {
 		case 0, unix.EAGAIN:
 			p.err = errAgain
 		default:
-			p.err = errno
+			if p.err = errno; p.held == 0 {
+				p.err = errFault // it was not the socket that failed
+			}
 		}
 	}
 	return true
@@ -218,7 +233,7 @@ func (s *pipes) get() *pipe {
 	if s.open >= min(runtime.GOMAXPROCS(0), mostPipes) || clock() < s.next {
 		return nil
 	}
-	if !splicesMany() {
+	if !canSplice() {
 		s.off.Store(true)
 		return nil
 	}

@@ -10,6 +10,7 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -263,4 +264,58 @@ func withoutDescriptors(t *testing.T, fn func()) {
 	must(t, unix.Prlimit(0, unix.RLIMIT_NOFILE, &unix.Rlimit{Max: old.Max}, nil))
 	defer func() { must(t, unix.Prlimit(0, unix.RLIMIT_NOFILE, &old, nil)) }()
 	fn()
+}
+
+// Where a filter of system calls hides vmsplice nothing is spliced, and a send that
+// has begun to is no end of the connection.
+func TestSpliceForbidden(t *testing.T) {
+	if !maySplice() {
+		t.Fatal("splicing is forbidden here already")
+	}
+	var s pipes
+	defer s.close()
+	p := s.get()
+	if p == nil {
+		t.Fatal("no pipe")
+	}
+	defer s.put(p)
+	a, b := socketpair(t)
+	defer a.Close()
+	defer b.Close()
+	for _, call := range []uint32{unix.SYS_VMSPLICE, unix.SYS_SPLICE} {
+		await(t, background(func() {
+			runtime.LockOSThread() // and never unlocked: the thread ends, and the filter with it
+			if err := refuse(call); err != nil {
+				t.Error(err)
+				return
+			}
+			if maySplice() {
+				t.Errorf("%d: splicing is thought to be allowed", call)
+			}
+			if call != unix.SYS_VMSPLICE {
+				return
+			}
+			n, err := newTransport(b).(*socket).splicePages(p, [][]byte{[]byte("head"), pattern(4096, 1)}, false)
+			if n != 0 || err != errFault {
+				t.Errorf("%d, %v, want a fault", n, err)
+			}
+		}), "the thread without splicing")
+	}
+}
+
+// refuse has the system call fail with EPERM in this thread.
+func refuse(call uint32) error {
+	const load, equal, answer = unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, unix.BPF_RET | unix.BPF_K
+	const allow, refuse = 0x7fff0000, 0x00050000 // SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO
+	filter := []unix.SockFilter{
+		{Code: load, K: 0}, // the number of the system call
+		{Code: equal, K: call, Jf: 1},
+		{Code: answer, K: refuse | uint32(unix.EPERM)},
+		{Code: answer, K: allow},
+	}
+	prog := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+		return err
+	}
+	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&prog)), 0, 0)
 }
