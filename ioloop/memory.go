@@ -34,9 +34,9 @@ func (c *conn) takeReply() {
 }
 
 // sound notes how deep the reply buffer is that is about to be sent by
-// reference.
+// reference. What is spliced goes by the pipe instead, see filledUp.
 func (c *conn) sound() {
-	if c.filled >= flushAt {
+	if c.filled >= flushAt && !c.splices() {
 		c.deep = staysDeep
 	} else if c.deep > 0 {
 		c.deep--

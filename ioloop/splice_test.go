@@ -124,6 +124,47 @@ func TestSplicedHeadersStay(t *testing.T) {
 	}
 }
 
+// What is spliced goes out by the pipe, however many requests there are, and no
+// deeper reply buffer is taken for it.
+func TestSpliceByThePipe(t *testing.T) {
+	for _, c := range []struct{ size, most int64 }{{4096, 8}, {16 << 10, 3}, {32 << 10, 1}} {
+		t.Run(fmt.Sprint(c.size), func(t *testing.T) {
+			const count = 24
+			want := pattern(int(count*c.size), 1)
+			r := newRig(t, rigConfig{tmpfs: true, content: want})
+			h := pageHook{files: never}
+			h.before = func(segs [][]byte) (int, error, bool) {
+				if replies := int64(len(segs) / 2); replies != c.most {
+					t.Errorf("%d replies in a send, want %d", replies, c.most)
+				}
+				if room := int64(cap(segs[0])); room > bufferCost(classOf(replySize)) {
+					t.Errorf("a reply buffer of %d bytes", room)
+				}
+				return 0, nil, false
+			}
+			cl := r.connectWith(&testCodec{}, roomy(socketpair), h.install)
+			for range 3 {
+				var wire []byte
+				for i := range int64(count) {
+					b, _ := cl.header(OpRead, 0, i*c.size, c.size)
+					wire = append(wire, b...)
+				}
+				cl.write(wire)
+				for i := range int64(count) {
+					if a := cl.next(); a.errno != 0 || !bytes.Equal(a.data, want[i*c.size:(i+1)*c.size]) {
+						t.Fatalf("at %d: %v, or other bytes", i*c.size, a.errno)
+					}
+				}
+			}
+			h.mu.Lock()
+			defer h.mu.Unlock()
+			if h.pipe == nil {
+				t.Error("nothing was spliced")
+			}
+		})
+	}
+}
+
 // A socket that takes only part leaves the rest in the pipe, which the next send
 // must not see.
 func TestPipesStartEmpty(t *testing.T) {
