@@ -13,6 +13,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/backend"
 )
 
 // roomy is link with room for many replies that nobody takes. It must not carry
@@ -165,6 +167,32 @@ func TestSpliceByThePipe(t *testing.T) {
 	}
 }
 
+// A read of which only a part is in memory leaves nothing to be spliced.
+func TestSpliceAllOrNothing(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true, content: pattern(1<<20, 1)})
+	a, b := socketpair(t)
+	defer a.Close()
+	defer b.Close()
+	c := newConn(r.e, b, &testCodec{}, r.d)
+	defer c.lane.Close()
+	var p backend.Plan
+	must(t, r.img.Map(&p, 0, 16<<10, 0))
+	defer r.img.Unmap(&p)
+	dst := make([]byte, 32<<10)
+	must(t, c.gather(&p, dst, 0))
+	gaps, spliced := len(c.gaps), c.spliced
+	if gaps != 1 || spliced.bytes != 16<<10 {
+		t.Fatalf("%d gaps, %+v", gaps, spliced)
+	}
+	p.Extents = append(p.Extents, backend.Extent{Kind: backend.Opaque, Length: 16 << 10})
+	if err := c.gather(&p, dst, 0); err != backend.ErrWait {
+		t.Fatal(err)
+	}
+	if len(c.gaps) != gaps || c.spliced != spliced {
+		t.Errorf("%d gaps, %+v, want %d, %+v", len(c.gaps), c.spliced, gaps, spliced)
+	}
+}
+
 // A socket that takes only part leaves the rest in the pipe, which the next send
 // must not see.
 func TestPipesStartEmpty(t *testing.T) {
@@ -241,6 +269,9 @@ func TestPipesAreFew(t *testing.T) {
 	for _, p := range taken {
 		if _, err := unix.FcntlInt(uintptr(p.r), unix.F_GETFD, 0); err == nil {
 			t.Error("a pipe is left open")
+		}
+		if err := unix.Msync(p.heads, unix.MS_ASYNC); err != unix.ENOMEM {
+			t.Errorf("a pipe's memory is left: %v", err)
 		}
 	}
 	if s.get() != nil {
