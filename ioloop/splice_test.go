@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"runtime"
@@ -230,6 +231,80 @@ func TestPipesStartEmpty(t *testing.T) {
 	must(t, err)
 	if string(got[:4]) != "next" {
 		t.Errorf("%q after a send that was cut off", got[:4])
+	}
+}
+
+// Headers lie across pages, and pages of the file are taken from anywhere, so that
+// what one pipe takes is sooner full than was thought.
+func TestSpliceAnyBytes(t *testing.T) {
+	var s pipes
+	defer s.close()
+	p := s.get()
+	if p == nil {
+		t.Fatal("no pipe")
+	}
+	a, b := socketpair(t)
+	defer a.Close()
+	defer b.Close()
+	sock := newTransport(b).(*socket)
+	data := pattern(64<<10, 1) // not written while it is referred to
+	rnd := rand.New(rand.NewPCG(1, 1))
+	for i := range 600 {
+		var segs [][]byte
+		between := 0
+		for range 1 + rnd.IntN(8) {
+			head := pattern(rnd.IntN(64), uint64(i)) // or none
+			off := rnd.IntN(len(data) - 5000)
+			segs, between = append(segs, head, data[off:off+1+rnd.IntN(5000)]), between+len(head)
+		}
+		if !p.room(between) {
+			t.Fatal("no room for headers")
+		}
+		want := bytes.Join(segs, nil)
+		if sent, err := sock.splicePages(p, segs, false); sent != len(want) || err != nil {
+			t.Fatalf("%d of %d sent, %v", sent, len(want), err)
+		}
+		for k := 0; k < len(segs); k += 2 {
+			clear(segs[k]) // its buffer is used again
+		}
+		got := make([]byte, len(want))
+		_, err := io.ReadFull(a, got)
+		must(t, err)
+		if !bytes.Equal(got, want) {
+			t.Fatalf("send %d: other bytes", i)
+		}
+	}
+	s.put(p)
+}
+
+// A file that becomes shorter in the act gives what it had, and then ends the
+// connection: the header before what is gone is out.
+func TestSpliceTruncated(t *testing.T) {
+	const n, count, left = 4096, 8, 5
+	want := pattern(count*n, 1)
+	r := newRig(t, rigConfig{tmpfs: true, content: want})
+	h := pageHook{splices: always}
+	h.before = func([][]byte) (int, error, bool) {
+		must(t, os.Truncate(r.path, left*n))
+		return 0, nil, false
+	}
+	c := r.connectWith(&testCodec{}, socketpair, h.install)
+	var wire []byte
+	for i := range int64(count) {
+		b, _ := c.header(OpRead, 0, i*n, n)
+		wire = append(wire, b...)
+	}
+	c.write(wire)
+	for i := range left {
+		if a := c.next(); a.errno != 0 || !bytes.Equal(a.data, want[i*n:(i+1)*n]) {
+			t.Errorf("reply %d: %v, or other bytes", i, a.errno)
+		}
+	}
+	if err := c.end(); !errors.Is(err, unix.EIO) {
+		t.Error(err)
+	}
+	if s := r.d.Stats(); s.Reads != left {
+		t.Errorf("%d reads, want %d", s.Reads, left)
 	}
 }
 
