@@ -60,9 +60,12 @@ func (l *toSplice) add(e *backend.Extent) {
 // full reports whether the pipe has no room for another gap like the last.
 func (l *toSplice) full() bool { return l.slots+l.last > pipeSlots }
 
-// splices reports whether the gaps collected so far are to be spliced.
+// splices reports whether the gaps collected so far are to be spliced. A batch that
+// writes too is better kept together: 70:30 of 4k at depth 32, without the first line
+// here, with it, and without any splicing 382k, 457k and 417k operations/s.
 func (c *conn) splices() bool {
-	return !c.spliced.copied && !c.e.pipes.off.Load() && c.out.pages.prefersSplice(int64(c.spliced.bytes))
+	return c.puts == nil &&
+		!c.spliced.copied && !c.e.pipes.off.Load() && c.out.pages.prefersSplice(int64(c.spliced.bytes))
 }
 
 // splice sends what the socket takes of segs, total bytes, of which n are in pages

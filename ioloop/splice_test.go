@@ -41,15 +41,17 @@ func TestSpliceOrCopy(t *testing.T) {
 		mapped  bool
 		reads   []int64
 		spliced bool
+		writes  bool // a write comes with them
 	}{
-		{"eight of 4k", false, []int64{4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, true},
-		{"four of 4k", false, []int64{4096, 4096, 4096, 4096}, true},
-		{"three of 4k", false, []int64{4096, 4096, 4096}, false},
-		{"one of 16k", false, []int64{16 << 10}, true},
-		{"one of 128k", false, []int64{128 << 10}, true},
-		{"with a small one", false, []int64{16 << 10, 512}, false},
-		{"mapped", true, []int64{4096, 4096, 4096, 4096, 16 << 10}, false},
-		{"one of 128k, mapped", true, []int64{128 << 10}, false},
+		{"eight of 4k", false, []int64{4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, true, false},
+		{"four of 4k", false, []int64{4096, 4096, 4096, 4096}, true, false},
+		{"three of 4k", false, []int64{4096, 4096, 4096}, false, false},
+		{"one of 16k", false, []int64{16 << 10}, true, false},
+		{"one of 128k", false, []int64{128 << 10}, true, false},
+		{"with a small one", false, []int64{16 << 10, 512}, false, false},
+		{"with a write", false, []int64{4096, 4096, 4096, 4096}, false, true},
+		{"mapped", true, []int64{4096, 4096, 4096, 4096, 16 << 10}, false, false},
+		{"one of 128k, mapped", true, []int64{128 << 10}, false, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			old := pattern(size, 1)
@@ -63,6 +65,10 @@ func TestSpliceOrCopy(t *testing.T) {
 				wire = append(wire, b...)
 			}
 			first := cl.cookie - uint64(len(c.reads)) + 1
+			if c.writes {
+				b, _ := cl.header(OpWrite, 0, size-4096, 4096)
+				wire = append(append(wire, b...), old[size-4096:]...)
+			}
 			cl.write(wire)
 			eventually(t, "the replies are in the socket", func() bool {
 				return r.d.Stats().Reads == before+uint64(len(c.reads)) && isIdle(&cl.conn.out)
@@ -76,6 +82,10 @@ func TestSpliceOrCopy(t *testing.T) {
 			for range c.reads {
 				a := cl.next()
 				i := int64(a.cookie - first)
+				if i == int64(len(c.reads)) { // the write
+					a = cl.next()
+					i = int64(a.cookie - first)
+				}
 				want := old
 				if c.spliced {
 					want = now
