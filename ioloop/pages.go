@@ -260,7 +260,7 @@ func (t *task) send() (sent, total int) {
 	switch {
 	case stays && c.out.pages.prefersFile(e.Length, c.r < c.w):
 		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length, waits)
-	case stays && c.out.pages.prefersSplice(e.Length):
+	case stays && c.out.pages.prefersSplice(e.Length, false):
 		sent = c.splice(segs, total, len(segs[1]), waits)
 	default:
 		sent = c.out.sendPages(segs, total, waits)

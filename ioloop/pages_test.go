@@ -67,14 +67,14 @@ func (h *pageHook) splicePages(p *pipe, segs [][]byte, long bool) (int, error) {
 	return h.pageSender.splicePages(p, segs, long)
 }
 
-func (h *pageHook) prefersSplice(n int64) bool {
+func (h *pageHook) prefersSplice(n int64, inTurns bool) bool {
 	switch h.splices {
 	case never:
 		return false
 	case always:
 		return true
 	}
-	return h.pageSender.prefersSplice(n)
+	return h.pageSender.prefersSplice(n, inTurns)
 }
 
 func (h *pageHook) sendFile(head []byte, fd int, off, n int64, long bool) (int, error) {

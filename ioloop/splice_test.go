@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -42,20 +43,27 @@ func TestSpliceOrCopy(t *testing.T) {
 		reads   []int64
 		spliced bool
 		writes  bool // a write comes with them
+		alone   bool // no other connection is busy
 	}{
-		{"eight of 4k", false, []int64{4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, true, false},
-		{"four of 4k", false, []int64{4096, 4096, 4096, 4096}, true, false},
-		{"three of 4k", false, []int64{4096, 4096, 4096}, false, false},
-		{"one of 16k", false, []int64{16 << 10}, true, false},
-		{"one of 128k", false, []int64{128 << 10}, true, false},
-		{"with a small one", false, []int64{16 << 10, 512}, false, false},
-		{"with a write", false, []int64{4096, 4096, 4096, 4096}, false, true},
-		{"mapped", true, []int64{4096, 4096, 4096, 4096, 16 << 10}, false, false},
-		{"one of 128k, mapped", true, []int64{128 << 10}, false, false},
+		{"eight of 4k", false, []int64{4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, true, false, false},
+		{"four of 4k", false, []int64{4096, 4096, 4096, 4096}, true, false, false},
+		{"three of 4k", false, []int64{4096, 4096, 4096}, false, false, false},
+		{"one of 16k", false, []int64{16 << 10}, true, false, false},
+		{"eight of 4k, alone", false, []int64{4096, 4096, 4096, 4096, 4096, 4096, 4096, 4096}, true, false, true},
+		{"three of 16k, alone", false, []int64{16 << 10, 16 << 10, 16 << 10}, false, false, true},
+		{"one of 128k, alone", false, []int64{128 << 10}, true, false, true},
+		{"one of 128k", false, []int64{128 << 10}, true, false, false},
+		{"with a small one", false, []int64{16 << 10, 512}, false, false, false},
+		{"with a write", false, []int64{4096, 4096, 4096, 4096}, false, true, false},
+		{"mapped", true, []int64{4096, 4096, 4096, 4096, 16 << 10}, false, false, false},
+		{"one of 128k, mapped", true, []int64{128 << 10}, false, false, false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			old := pattern(size, 1)
 			r := newRig(t, rigConfig{tmpfs: true, content: old, mapped: c.mapped})
+			if !c.alone {
+				r.crowded()
+			}
 			cl := r.connectOver(&testCodec{}, roomy(socketpair))
 			cl.ok(OpRead, 0, 0, size, nil) // all of it has been seen
 			before := r.d.Stats().Reads
@@ -96,6 +104,12 @@ func TestSpliceOrCopy(t *testing.T) {
 			}
 		})
 	}
+}
+
+// crowded makes connections believe that others are busy.
+func (r *rig) crowded() {
+	r.e.busy.Store(2)
+	r.e.nextCount.Store(math.MaxInt64)
 }
 
 func isIdle(o *outgoing) bool {
@@ -145,6 +159,7 @@ func TestSpliceByThePipe(t *testing.T) {
 			const count = 24
 			want := pattern(int(count*c.size), 1)
 			r := newRig(t, rigConfig{tmpfs: true, content: want})
+			r.crowded()
 			h := pageHook{files: never}
 			h.before = func(segs [][]byte) (int, error, bool) {
 				if replies := int64(len(segs) / 2); replies != c.most {

@@ -46,8 +46,9 @@ type pageSender interface {
 	// room for the others, and keeps what the socket does not take.
 	splicePages(p *pipe, segs [][]byte, long bool) (int, error)
 	// prefersSplice reports whether splicePages is the faster way for n bytes of
-	// pages.
-	prefersSplice(n int64) bool
+	// pages. inTurns says that it is one send of several to a client that has
+	// nothing else to do.
+	prefersSplice(n int64, inTurns bool) bool
 	// sendFile is sendPages of head and n bytes at off of the file fd, which
 	// are not copied: they stay pages of the file until the client takes them.
 	sendFile(head []byte, fd int, off, n int64, long bool) (int, error)
