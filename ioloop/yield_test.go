@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // A goroutine that yields does not keep one from the only thread that became
@@ -115,5 +116,19 @@ func TestYieldTogether(t *testing.T) {
 	}
 	if n := r.e.yielder.rounds; n < times || n > conns*times {
 		t.Errorf("%d rounds", n)
+	}
+}
+
+// The core is offered once in a while, not by each connection at each turn.
+func TestOfferCore(t *testing.T) {
+	var y yielder
+	for _, c := range []struct{ now, want time.Duration }{
+		{10 * coreTurn, 10 * coreTurn},
+		{11*coreTurn - 1, 10 * coreTurn},
+		{11 * coreTurn, 11 * coreTurn},
+	} {
+		if y.offerCore(c.now); time.Duration(y.offer.Load()) != c.want {
+			t.Errorf("at %v: offered last at %v, want %v", c.now, time.Duration(y.offer.Load()), c.want)
+		}
 	}
 }
