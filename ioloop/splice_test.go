@@ -219,20 +219,23 @@ func TestSpliceAllOrNothing(t *testing.T) {
 	}
 }
 
-// A socket that takes only part leaves the rest in the pipe, which the next send
-// must not see.
-func TestPipesStartEmpty(t *testing.T) {
-	var s pipes
-	defer s.close()
-	p := s.get()
-	if p == nil {
+// pipeTo is a pipe and the socket to splice into, at whose other end a is.
+func pipeTo(t *testing.T) (s *pipes, p *pipe, a net.Conn, sock *socket) {
+	s = new(pipes)
+	t.Cleanup(s.close)
+	if p = s.get(); p == nil {
 		t.Fatal("no pipe")
 	}
 	a, b := socketpair(t)
-	defer a.Close()
-	defer b.Close()
-	smallBuffers(t, a, b)
-	sock := newTransport(b).(*socket)
+	t.Cleanup(func() { a.Close(); b.Close() })
+	return s, p, a, newTransport(b).(*socket)
+}
+
+// A socket that takes only part leaves the rest in the pipe, which the next send
+// must not see.
+func TestPipesStartEmpty(t *testing.T) {
+	s, p, a, sock := pipeTo(t)
+	smallBuffers(t, a, sock.nc)
 	data := pattern(256<<10, 1)
 	sent, err := sock.splicePages(p, [][]byte{[]byte("head"), data}, false)
 	if err != errAgain || sent == 0 || sent >= len(data) {
@@ -262,16 +265,7 @@ func TestPipesStartEmpty(t *testing.T) {
 // Headers lie across pages, and pages of the file are taken from anywhere, so that
 // what one pipe takes is sooner full than was thought.
 func TestSpliceAnyBytes(t *testing.T) {
-	var s pipes
-	defer s.close()
-	p := s.get()
-	if p == nil {
-		t.Fatal("no pipe")
-	}
-	a, b := socketpair(t)
-	defer a.Close()
-	defer b.Close()
-	sock := newTransport(b).(*socket)
+	s, p, a, sock := pipeTo(t)
 	data := pattern(64<<10, 1) // not written while it is referred to
 	rnd := rand.New(rand.NewPCG(1, 1))
 	for i := range 600 {
@@ -335,13 +329,9 @@ func TestSpliceTruncated(t *testing.T) {
 
 // A client that is gone is an error of the socket, not of the pages.
 func TestSpliceToNobody(t *testing.T) {
-	var s pipes
-	defer s.close()
-	p := s.get()
-	a, b := socketpair(t)
-	defer b.Close()
+	s, p, a, sock := pipeTo(t)
 	a.Close()
-	sent, err := newTransport(b).(*socket).splicePages(p, [][]byte{[]byte("head"), pattern(4096, 1)}, false)
+	sent, err := sock.splicePages(p, [][]byte{[]byte("head"), pattern(4096, 1)}, false)
 	if sent != 0 || !errors.Is(err, unix.EPIPE) {
 		t.Errorf("%d, %v", sent, err)
 	}
@@ -444,16 +434,8 @@ func TestSpliceForbidden(t *testing.T) {
 	if !maySplice() {
 		t.Fatal("splicing is forbidden here already")
 	}
-	var s pipes
-	defer s.close()
-	p := s.get()
-	if p == nil {
-		t.Fatal("no pipe")
-	}
+	s, p, _, sock := pipeTo(t)
 	defer s.put(p)
-	a, b := socketpair(t)
-	defer a.Close()
-	defer b.Close()
 	for _, call := range []uint32{unix.SYS_VMSPLICE, unix.SYS_SPLICE} {
 		await(t, background(func() {
 			runtime.LockOSThread() // and never unlocked: the thread ends, and the filter with it
@@ -467,7 +449,7 @@ func TestSpliceForbidden(t *testing.T) {
 			if call != unix.SYS_VMSPLICE {
 				return
 			}
-			n, err := newTransport(b).(*socket).splicePages(p, [][]byte{[]byte("head"), pattern(4096, 1)}, false)
+			n, err := sock.splicePages(p, [][]byte{[]byte("head"), pattern(4096, 1)}, false)
 			if n != 0 || err != errFault {
 				t.Errorf("%d, %v, want a fault", n, err)
 			}
