@@ -10,6 +10,8 @@ type segment struct {
 	b []byte
 	// task is freed once b is sent or dropped; nil if nothing is to be freed.
 	task *task
+	// later: task is a read whose reply is to be made here, see later.go.
+	later bool
 }
 
 // outgoing queues and sends one connection's replies. Anyone may send; who
@@ -182,8 +184,8 @@ func (o *outgoing) drain(wait bool) bool {
 			freeSegments(dropped)
 			continue
 		}
-		n := min(len(o.queue), maxSegments)
-		if n == 0 {
+		n := o.readyLocked()
+		if len(o.queue) == 0 {
 			o.sending = false
 			o.owes.settled()
 			if o.idle != nil {
@@ -192,6 +194,14 @@ func (o *outgoing) drain(wait bool) bool {
 			}
 			o.mu.Unlock()
 			return true
+		}
+		if n == 0 {
+			t := o.queue[0].task
+			o.mu.Unlock()
+			if !o.sendLater(t, wait) {
+				return false
+			}
+			continue
 		}
 		for i := range n {
 			o.scratch[i] = o.queue[i].b
@@ -223,7 +233,7 @@ func (o *outgoing) drain(wait bool) bool {
 func (o *outgoing) sent(n int) {
 	o.mu.Lock()
 	k := 0
-	for k < len(o.queue) && n >= len(o.queue[k].b) {
+	for k < len(o.queue) && !o.queue[k].later && n >= len(o.queue[k].b) {
 		n -= len(o.queue[k].b)
 		k++
 	}

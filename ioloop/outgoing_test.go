@@ -225,7 +225,7 @@ func sendRecords(t *testing.T, c *conn, seed uint64, each uint32) map[byte]uint3
 		for seq := range each {
 			tk := c.charged()
 			b := record(3, seq, rnd)
-			if c.out.sendOwn(segment{b, tk}) {
+			if c.out.sendOwn(segment{b: b, task: tk}) {
 				clear(b) // it may be used again
 				tk.free()
 			}
@@ -275,7 +275,7 @@ func TestOutgoingRest(t *testing.T) {
 		c.out.enqueue(segment{b: []byte("fg")})
 	}
 	f.allow(3)
-	if c.out.sendOwn(segment{[]byte("abcde"), c.charged()}) {
+	if c.out.sendOwn(segment{b: []byte("abcde"), task: c.charged()}) {
 		t.Fatal("sent more than there was room for")
 	}
 	f.allow(10)
@@ -310,7 +310,7 @@ func TestOutgoingFullSocket(t *testing.T) {
 func TestOutgoingFailWhileSending(t *testing.T) {
 	f := newFakeSocket(0)
 	c := newOut(&stubborn{fakeSocket: f})
-	c.out.enqueue(segment{[]byte("abc"), c.charged()}, segment{[]byte("def"), c.charged()})
+	c.out.enqueue(segment{b: []byte("abc"), task: c.charged()}, segment{b: []byte("def"), task: c.charged()})
 	await(t, f.inSend, "the writer") // in send, with both
 	c.out.fail(errors.New("evicted"))
 	await(t, c.out.broken, "the connection to break")
@@ -318,12 +318,12 @@ func TestOutgoingFailWhileSending(t *testing.T) {
 		t.Fatalf("%d tasks held while their bytes are being sent", n)
 	}
 	// What comes now is dropped at once.
-	c.out.enqueue(segment{[]byte("ghi"), c.charged()})
+	c.out.enqueue(segment{b: []byte("ghi"), task: c.charged()})
 	if n := c.held.Load(); n != 2 {
 		t.Fatalf("%d tasks held", n)
 	}
 	tk := c.charged()
-	if !c.out.sendOwn(segment{[]byte("jkl"), tk}) {
+	if !c.out.sendOwn(segment{b: []byte("jkl"), task: tk}) {
 		t.Fatal("queued on a broken connection")
 	}
 	tk.free()
@@ -389,7 +389,7 @@ func TestOutgoingStalledSince(t *testing.T) {
 		f.mu.Lock()
 		f.room = 0
 		f.mu.Unlock()
-		c.out.enqueue(segment{[]byte("abc"), c.charged()})
+		c.out.enqueue(segment{b: []byte("abc"), task: c.charged()})
 		await(t, f.inSend, "the writer")
 		if c.out.owes.since.Load() == 0 {
 			t.Fatal("the client is not seen to be stalled")
@@ -413,7 +413,7 @@ func TestOutgoingAllocations(t *testing.T) {
 	b := make([]byte, 100)
 	tk := c.charged()
 	if n := testing.AllocsPerRun(1000, func() {
-		c.out.sendOwn(segment{b, tk})
+		c.out.sendOwn(segment{b: b, task: tk})
 		c.out.enqueue(segment{b: b})
 		c.out.enqueue(segment{b: b}, segment{b: b})
 	}); n != 0 {

@@ -203,47 +203,71 @@ func (d *counts) unread(r *Request) {
 }
 
 // sendByReference answers the read t, which has no buffer yet, if that can be
-// done by reference now. Otherwise the answer is false, and t is as before.
+// done by reference now, or when those before it are sent: see later.go. Otherwise
+// the answer is false, and t is as before.
 func (c *conn) sendByReference(t *task) bool {
-	if c.out.pages == nil || !c.out.hold() {
-		return false
-	}
-	r := &t.req
-	g := c.lane.EnterRead()
-	sent, total := 0, 0
-	var rest []segment
-	var err error
-	if t.mapPages() {
-		// Counted before the client can know.
-		c.disk.counts.reads.Add(1)
-		c.disk.counts.bytesRead.Add(uint64(r.Length))
-		sent, total = t.send()
-		if sent == 0 {
-			c.disk.counts.unread(r)
-		} else if sent < total {
-			rest, err = t.fetchRest(sent)
-		}
-		c.disk.Image.Unmap(&t.plan)
-	}
-	c.lane.LeaveRead(g)
+	pages := c.out.pages
 	switch {
-	case sent == 0:
-		c.out.pump()
+	case pages == nil:
 		return false
-	case err != nil:
-		c.disk.counts.unread(r)
-		c.out.fail(begunError(err))
-	case sent < total:
-		c.out.resume(rest...)
+	case !c.out.hold():
+		if !pages.takesFiles(t.req.Length) || !t.staysInFile() {
+			return false
+		}
+		c.out.enqueue(segment{task: t, later: true})
 		return true
 	}
-	c.out.pump()
-	t.free()
+	way := pages.fileWay(t.req.Length, c.r < c.w)
+	if way == whenItFits && t.staysInFile() {
+		c.out.resume(segment{task: t, later: true})
+		return true
+	}
+	sent, rest := t.refer(way == asFile)
+	switch {
+	case !sent:
+		c.out.pump()
+		return false
+	case rest != nil:
+		c.out.resume(rest...)
+	default:
+		c.out.pump()
+		t.free()
+	}
 	return true
 }
 
-// send sends what is laid out by reference. The caller is the sender.
-func (t *task) send() (sent, total int) {
+// refer sends the read t by reference, with file as the caller knows its way to be.
+// The caller is the sender. If nothing could be sent t is as before; what the socket
+// did not take of the reply is rest.
+func (t *task) refer(file bool) (sent bool, rest []segment) {
+	c, r := t.conn, &t.req
+	g := c.lane.EnterRead()
+	defer c.lane.LeaveRead(g)
+	if !t.mapPages() {
+		return false, nil
+	}
+	defer c.disk.Image.Unmap(&t.plan)
+	// Counted before the client can know.
+	c.disk.counts.reads.Add(1)
+	c.disk.counts.bytesRead.Add(uint64(r.Length))
+	n, total := t.send(file)
+	var err error
+	if n > 0 && n < total {
+		rest, err = t.fetchRest(n)
+	}
+	if n == 0 || err != nil {
+		c.disk.counts.unread(r)
+	}
+	if err != nil {
+		c.out.fail(begunError(err))
+		return true, nil
+	}
+	return n > 0, rest
+}
+
+// send sends what is laid out by reference, with file as a file if that may be. The
+// caller is the sender.
+func (t *task) send(file bool) (sent, total int) {
 	c := t.conn
 	segs := c.out.scratch[:0]
 	for i := range t.segs {
@@ -256,9 +280,9 @@ func (t *task) send() (sent, total int) {
 		waits = waits || e.Kind == backend.Data && !e.File.Traits().InlineReads
 	}
 	e := &t.plan.Extents[0]
-	stays := len(segs) == 2 && len(t.plan.Extents) == 1 && e.Fixed
+	stays := t.stays()
 	switch {
-	case stays && c.out.pages.prefersFile(e.Length, c.r < c.w):
+	case stays && file:
 		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length, waits)
 	case stays && c.out.pages.prefersSplice(e.Length, false):
 		sent = c.splice(segs, total, len(segs[1]), waits)
@@ -267,6 +291,12 @@ func (t *task) send() (sent, total int) {
 	}
 	clear(segs)
 	return sent, total
+}
+
+// stays reports whether the reply that is laid out is one piece of a file that stays
+// where it is.
+func (t *task) stays() bool {
+	return len(t.segs) == 2 && len(t.plan.Extents) == 1 && t.plan.Extents[0].Fixed
 }
 
 // mapPages maps the admitted read t and lays out its reply by reference. If

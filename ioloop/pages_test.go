@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -88,15 +89,17 @@ func (h *pageHook) sendFile(head []byte, fd int, off, n int64, long bool) (int, 
 	return h.pageSender.sendFile(head, fd, off, n, long)
 }
 
-func (h *pageHook) prefersFile(n int64, more bool) bool {
+func (h *pageHook) fileWay(n int64, more bool) fileWay {
 	switch h.files {
 	case never:
-		return false
+		return notAsFile
 	case always:
-		return true
+		return asFile
 	}
-	return h.pageSender.prefersFile(n, more)
+	return h.pageSender.fileWay(n, more)
 }
+
+func (h *pageHook) takesFiles(n int64) bool { return h.files != never && h.pageSender.takesFiles(n) }
 
 // sendOnly sends pages as the hook was asked to.
 func (h *pageHook) sendOnly(pages []byte) (int, error) {
@@ -335,7 +338,7 @@ func TestTruncatedWhileSendingFile(t *testing.T) {
 
 // Files are sent where that is worth it: on Unix sockets with room, which they
 // are given, to clients that have something to do.
-func TestPrefersFile(t *testing.T) {
+func TestFileWay(t *testing.T) {
 	sndbuf := func(nc net.Conn) (n int) {
 		rc, err := nc.(interface {
 			SyscallConn() (syscall.RawConn, error)
@@ -349,23 +352,42 @@ func TestPrefersFile(t *testing.T) {
 	defer a.Close()
 	before := sndbuf(b)
 	s := newTransport(b).(*socket)
-	if s.prefersFile(fileMin-1, true) || sndbuf(b) != before {
+	if s.fileWay(fileMin-1, true) != notAsFile || sndbuf(b) != before {
 		t.Error("small replies are sent by file, or have changed the socket")
 	}
-	if s.prefersFile(fileMin, false) {
+	if s.fileWay(fileMin, false) != notAsFile {
 		t.Error("a client that waits is sent files")
 	}
-	if room := sndbuf(b); room < before || room != s.room {
-		t.Errorf("room for %d bytes, %d before; taken for %d", room, before, s.room)
+	room := s.room.Load()
+	if n := sndbuf(b); n < before || int64(n) != room {
+		t.Errorf("room for %d bytes, %d before; taken for %d", n, before, room)
 	}
-	if got, want := s.prefersFile(fileMin, true), s.room >= 4*fileMin; got != want {
-		t.Errorf("%v with room for %d", got, s.room)
+	if room < 4*fileMin {
+		t.Fatalf("room for %d bytes: net.core.wmem_max is below what Linux begins with", room)
 	}
-	if s.prefersFile(int64(s.room)/4+1, true) {
+	if !s.takesFiles(room/4) || s.fileWay(room/4, true) != asFile {
+		t.Error("there is room for four of these")
+	}
+	if s.takesFiles(room/4+1) || s.fileWay(room/4+1, true) != notAsFile {
 		t.Error("there is no room for four of these")
 	}
-	if _, err := s.trySend([][]byte{{1}}); err != nil || s.prefersFile(fileMin, false) != (s.room >= 4*fileMin) {
+	if _, err := s.trySend([][]byte{{1}}); err != nil || s.fileWay(fileMin, false) != asFile {
 		t.Errorf("not to a client that has something to take (%v)", err)
+	}
+	for sent := int64(0); s.fileWay(room/4, true) == asFile; sent += fileMin {
+		if n, err := s.trySend([][]byte{make([]byte, fileMin)}); n != fileMin || err != nil || sent > room {
+			t.Fatalf("after %d bytes: %d (%v)", sent, n, err)
+		}
+	}
+	if way := s.fileWay(room/4, true); way != whenItFits {
+		t.Errorf("%v where there is room for less than what is to be sent", way)
+	}
+	waited, client := make(chan error, 1), a
+	go func() { waited <- s.waitToFit(room / 4) }()
+	go func() { _, _ = io.Copy(io.Discard, client) }()
+	must(t, await(t, waited, "room"))
+	if way := s.fileWay(room/4, true); way == whenItFits {
+		t.Error("there is no room after waiting for it")
 	}
 	must(t, s.close())
 
@@ -373,7 +395,7 @@ func TestPrefersFile(t *testing.T) {
 	defer a.Close()
 	before = sndbuf(b)
 	s = newTransport(b).(*socket)
-	if s.prefersFile(1<<20, true) || sndbuf(b) != before {
+	if s.fileWay(1<<20, true) != notAsFile || s.takesFiles(1<<20) || sndbuf(b) != before {
 		t.Error("TCP is treated the same way")
 	}
 	must(t, s.close())

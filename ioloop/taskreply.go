@@ -8,11 +8,7 @@ func (t *task) conclude(err error) {
 	counts := &c.disk.counts
 	switch {
 	case err != nil:
-		var b batch
-		b.count(err)
-		b.addTo(counts)
-		c.logFault(r, err)
-		t.sendHead(c.codec.AppendError(t.heads[:0], r, err))
+		t.sendHead(t.failure(err))
 		return
 	case r.Op == OpRead:
 		counts.reads.Add(1)
@@ -36,6 +32,15 @@ func (t *task) conclude(err error) {
 		return
 	}
 	t.sendHead(c.codec.AppendDone(t.heads[:0], r))
+}
+
+// failure counts and logs err, and is the reply that says so.
+func (t *task) failure(err error) []byte {
+	var b batch
+	b.count(err)
+	b.addTo(&t.conn.disk.counts)
+	t.conn.logFault(&t.req, err)
+	return t.conn.codec.AppendError(t.heads[:0], &t.req, err)
 }
 
 // findStatus gets what an OpStatus asks for, of all contexts before anything is
@@ -73,21 +78,25 @@ func (t *task) sendHead(head []byte) {
 	t.heads = head
 	t.dropBuffer()
 	t.unlink()
-	c.out.enqueue(segment{head, t})
+	c.out.enqueue(segment{b: head, task: t})
 	c.ended()
 }
 
-// sendData sends a read's reply: in one piece, or with its holes told apart.
-func (t *task) sendData() {
-	c, r := t.conn, &t.req
-	if !t.hasHoles() {
-		t.heads = c.codec.AppendData(t.heads[:0], r, 0, r.Length, true)
-		c.out.enqueue(segment{t.buf.framed(t.heads, r.Length), t})
-		return
+// sendData sends a read's reply.
+func (t *task) sendData() { t.conn.out.enqueue(t.layData()...) }
+
+// layData is the reply to a read, from its buffer: in one piece, or with its holes
+// told apart.
+func (t *task) layData() []segment {
+	r := &t.req
+	if t.hasHoles() {
+		t.lay(false)
+		t.segs[len(t.segs)-1].task = t
+	} else {
+		t.heads = t.conn.codec.AppendData(t.heads[:0], r, 0, r.Length, true)
+		t.segs = append(t.segs[:0], segment{b: t.buf.framed(t.heads, r.Length), task: t})
 	}
-	t.lay(false)
-	t.segs[len(t.segs)-1].task = t
-	c.out.enqueue(t.segs...)
+	return t.segs
 }
 
 // maxChunks is the most pieces that a reply with holes has. One of more, as of

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -52,10 +53,24 @@ type pageSender interface {
 	// sendFile is sendPages of head and n bytes at off of the file fd, which
 	// are not copied: they stay pages of the file until the client takes them.
 	sendFile(head []byte, fd int, off, n int64, long bool) (int, error)
-	// prefersFile reports whether sendFile is the faster way for n bytes. more
+	// fileWay says whether sendFile is the faster way for n bytes, and when. more
 	// says that other requests have come.
-	prefersFile(n int64, more bool) bool
+	fileWay(n int64, more bool) fileWay
+	// takesFiles is whether fileWay may be whenItFits for n bytes. It is for any
+	// goroutine.
+	takesFiles(n int64) bool
+	// waitToFit waits until fileWay is not whenItFits for n bytes.
+	waitToFit(n int64) error
 }
+
+// fileWay: see pageSender.
+type fileWay uint8
+
+const (
+	notAsFile  fileWay = iota
+	asFile             // now
+	whenItFits         // the socket has no room for all of it
+)
 
 // errFault: see pageSender.
 const errFault = unix.EFAULT
@@ -90,8 +105,8 @@ type socket struct {
 	unix bool
 	spin spinner
 	// room is how many bytes of replies the socket takes before the client
-	// does; 0 before it was asked. Unix sockets only.
-	room int
+	// does; 0 before it was asked. Unix sockets only. The sender sets it.
+	room atomic.Int64
 
 	// Arguments and results of the callbacks below, which are made once:
 	// a closure per call would allocate.
@@ -127,9 +142,11 @@ type socket struct {
 		fd     int
 		off, n int64
 		at     int64 // of the present call
-		unsent int   // of what was sent before
+		unsent int64 // of what was sent before
 		fn     func(fd uintptr) bool
 		ask    func(fd uintptr)
+		wanted int64
+		wait   func(fd uintptr) bool
 	}
 }
 
@@ -138,7 +155,7 @@ func newSocket(nc net.Conn, rc syscall.RawConn) *socket {
 	_, s.unix = nc.(*net.UnixConn)
 	s.in.fn, s.out.fn = s.recvOnce, s.sendOnce
 	s.took.fn, s.took.ask = s.takeOnce, s.askPending
-	s.file.fn, s.file.ask = s.sendFileOnce, s.askRoom
+	s.file.fn, s.file.ask, s.file.wait = s.sendFileOnce, s.askRoom, s.fitsWanted
 	return s
 }
 
@@ -318,24 +335,52 @@ const fileMin = 64 << 10
 // bytes; it gives up to twice that. (TCP finds its own size, unless it is told.)
 const sendBuffer = 2 << 20
 
-func (s *socket) prefersFile(n int64, more bool) bool {
-	if !s.unix || n < fileMin || s.rc.Control(s.file.ask) != nil {
-		return false
+func (s *socket) fileWay(n int64, more bool) fileWay {
+	switch {
+	case !s.unix || n < fileMin || s.rc.Control(s.file.ask) != nil:
+		return notAsFile
+	case !s.takesFiles(n) || !more && s.file.unsent == 0:
+		return notAsFile
+	case !s.fits(n):
+		return whenItFits
 	}
-	return int64(s.room) >= 4*n && (more || s.file.unsent > 0)
+	return asFile
 }
+
+func (s *socket) takesFiles(n int64) bool {
+	return s.unix && n >= fileMin && s.room.Load() >= 4*n
+}
+
+// fits is whether the socket takes n bytes of pages and what it needs to know of
+// them, as far as its room is known: if not, what it does not take is copied.
+func (s *socket) fits(n int64) bool { return s.file.unsent+n+n/32 <= s.room.Load() }
 
 // askRoom makes room for replies, once, and finds how much of what was sent
 // the client has not taken.
 func (s *socket) askRoom(fd uintptr) {
-	if s.room == 0 {
-		s.room, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
-		if s.room >= 2*fileMin { // otherwise somebody wants it small
-			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, max(sendBuffer, s.room/2))
-			s.room, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
+	if s.room.Load() == 0 {
+		room, _ := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
+		if room >= 2*fileMin { // otherwise somebody wants it small
+			_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, max(sendBuffer, room/2))
+			room, _ = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF)
 		}
+		s.room.Store(int64(room))
 	}
-	s.file.unsent, _ = unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+	unsent, _ := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+	s.file.unsent = int64(unsent)
+}
+
+// waitToFit: what does not fit although it is a quarter of the room at most leaves
+// more than half of it taken, and a Unix socket says that it can be written to when
+// three quarters are free, so there is an edge for the netpoller to come.
+func (s *socket) waitToFit(n int64) error {
+	s.file.wanted = n
+	return s.rc.Write(s.file.wait)
+}
+
+func (s *socket) fitsWanted(fd uintptr) bool {
+	s.askRoom(fd)
+	return s.fits(s.file.wanted)
 }
 
 func (s *socket) sendFile(head []byte, fd int, off, n int64, long bool) (int, error) {
