@@ -20,6 +20,7 @@ type machine struct {
 	Cores    int               `json:"cores"`
 	Memory   int64             `json:"memory_bytes"`
 	WmemMax  int64             `json:"wmem_max"`
+	Idle     string            `json:"idle,omitempty"` // how processors idle
 	DiskFS   string            `json:"disk_fs"`
 	Go       string            `json:"go"`
 	Versions map[string]string `json:"versions"` // by program
@@ -27,7 +28,7 @@ type machine struct {
 
 func lookAtMachine(files map[string]string, disk string) machine {
 	mc := machine{
-		CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), DiskFS: fileSystem(disk),
+		CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), DiskFS: fileSystem(disk), Idle: idling(),
 		Versions: map[string]string{},
 	}
 	var u unix.Utsname
@@ -60,6 +61,20 @@ func lookAtMachine(files map[string]string, disk string) machine {
 		}
 	}
 	return mc
+}
+
+// idling is how processors wait for work, which is most of what a request costs that
+// is not one of many: "" if the kernel does not say.
+func idling() string {
+	read := func(path string) string {
+		b, _ := os.ReadFile(path)
+		return strings.TrimSpace(string(b))
+	}
+	driver := read("/sys/devices/system/cpu/cpuidle/current_driver")
+	if poll := read("/sys/module/haltpoll/parameters/guest_halt_poll_ns"); poll != "" && driver == "haltpoll" {
+		return driver + ", guest_halt_poll_ns " + poll
+	}
+	return driver
 }
 
 func firstLine(argv ...string) string {

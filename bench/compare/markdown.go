@@ -189,6 +189,9 @@ func (rep *report) writeMachine(s *strings.Builder) {
 	row("processor", fmt.Sprintf("%s, %d cores, for servers and client together", mc.CPU, mc.Cores))
 	row("memory", fmt.Sprintf("%.0f GiB", float64(mc.Memory)/(1<<30)))
 	row("net.core.wmem_max", fmt.Sprint(mc.WmemMax))
+	if mc.Idle != "" {
+		row("idle processors", mc.Idle)
+	}
 	row("disk's file system", mc.DiskFS)
 	row("Go", mc.Go)
 	row(programOurs, ours)

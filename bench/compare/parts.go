@@ -67,6 +67,7 @@ func (rep *report) differs(old *report) string {
 		{"kernel", a.Kernel == b.Kernel},
 		{"processor", a.CPU == b.CPU && a.Cores == b.Cores},
 		{"net.core.wmem_max", a.WmemMax == b.WmemMax},
+		{"how processors idle", a.Idle == b.Idle},
 		{"file system", a.DiskFS == b.DiskFS},
 		{"qemu-nbd", !differ(a.Versions[programQEMU], b.Versions[programQEMU])},
 		{"nbdkit", !differ(a.Versions[programNbdkit], b.Versions[programNbdkit])},
