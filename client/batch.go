@@ -28,7 +28,8 @@ type Source interface {
 	// send yet: Next is called again after that time or the next reply.
 	Next(op *Op, now int64) (wait time.Duration, more bool)
 
-	// Done hears of an answered request; op is valid until it returns.
+	// Done hears of an answered request, and that the last of its reply was received
+	// now; op is valid until it returns.
 	Done(op *Op, now int64)
 }
 
@@ -54,7 +55,7 @@ type Batch struct {
 	src    Source
 	more   bool  // src has more to send
 	wakeAt int64 // src is to be asked again then; 0: after the next reply
-	now    int64
+	now    int64 // when the current turn began
 	err    error
 	park   parking
 
@@ -293,7 +294,7 @@ func (b *batchRequests) lookup(cookie uint64) *Op {
 }
 
 func (b *batchRequests) done(op *Op) {
-	b.src.Done(op, b.now)
+	b.src.Done(op, b.in.at)
 	op.busy = false
 	b.free = append(b.free, op.Slot)
 }

@@ -19,8 +19,13 @@ import (
 type receiver struct {
 	buf  []byte
 	have int // bytes of buf not yet parsed, at its beginning
-	iov  [2]unix.Iovec
-	msg  unix.Msghdr
+
+	// at is when what is being fed was received, on the clock of Now. Replies often
+	// come in the turn that sent their requests, so the time of the turn is not enough.
+	at int64
+
+	iov [2]unix.Iovec
+	msg unix.Msghdr
 }
 
 // receiveSize is how much is received at most in one call: as many replies as
@@ -43,6 +48,7 @@ func (r *receiver) receive(fd uintptr, d *decoder) (n int, err error) {
 	if n <= 0 {
 		return n, err
 	}
+	r.at = Now()
 	return n, r.feed(d, n)
 }
 
@@ -59,6 +65,7 @@ func (r *receiver) receiveInto(fd uintptr, d *decoder, dst []byte) (n int, err e
 	if n <= 0 {
 		return n, err
 	}
+	r.at = Now()
 	if err := d.wrote(min(n, len(dst))); err != nil || n <= len(dst) {
 		return n, err
 	}
