@@ -96,6 +96,13 @@ func DialBatch(ctx context.Context, uri string, opt Options, depth int) (*Batch,
 	b := &Batch{link: *l, raw: raw, slots: make([]Op, depth)}
 	b.dec = b.decoder((*batchRequests)(b))
 	b.in.init()
+	if opt.Discard {
+		if b.in.drain, err = openDrain(nullDevice); err != nil {
+			_ = l.nc.Close()
+			return nil, err
+		}
+		b.dec.discardFrom = discardFrom
+	}
 	b.out.init(depth)
 	for i := range b.slots {
 		b.slots[i].Slot = i
@@ -112,8 +119,9 @@ func (b *Batch) Info() Info { return b.info }
 func (b *Batch) InFlight() int { return len(b.slots) - len(b.free) }
 
 // Close says DISC if the connection still works, waits up to a second for the
-// server to close it, and closes it.
+// server to close it, and closes it. Run must not be running.
 func (b *Batch) Close() error {
+	b.in.drain.close()
 	if b.err == nil {
 		_ = b.nc.SetDeadline(time.Now().Add(partTime))
 		b.part()
@@ -261,6 +269,9 @@ func (b *Batch) fill(fd uintptr) (blocked bool) {
 		b.free = b.free[:len(b.free)-1]
 		b.seq++
 		op.cookie, op.busy = b.seq<<16|uint64(op.Slot), true
+		if b.dec.unwanted(op) {
+			b.in.unwanted++
+		}
 		b.out.add(op)
 	}
 	blocked, err := b.out.send(fd)
@@ -294,6 +305,9 @@ func (b *batchRequests) lookup(cookie uint64) *Op {
 }
 
 func (b *batchRequests) done(op *Op) {
+	if b.dec.unwanted(op) {
+		b.in.unwanted--
+	}
 	b.src.Done(op, b.in.at)
 	op.busy = false
 	b.free = append(b.free, op.Slot)

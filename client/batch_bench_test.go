@@ -58,8 +58,10 @@ func BenchmarkBatch(b *testing.B) {
 		{"write/4k/32", wire.CmdWrite, 4096, 32, Options{}},
 		{"read/4k/1", wire.CmdRead, 4096, 1, Options{}},
 		{"read/64k/8", wire.CmdRead, 65536, 8, Options{}},
+		{"read/64k/8/discard", wire.CmdRead, 65536, 8, Options{Discard: true}},
 		{"write/64k/8", wire.CmdWrite, 65536, 8, Options{}},
 		{"read/1M/4", wire.CmdRead, 1 << 20, 4, Options{}},
+		{"read/1M/4/discard", wire.CmdRead, 1 << 20, 4, Options{Discard: true}},
 		{"write/1M/4", wire.CmdWrite, 1 << 20, 4, Options{}},
 	} {
 		b.Run(c.name, func(b *testing.B) {

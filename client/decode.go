@@ -33,6 +33,10 @@ type decoder struct {
 	context    uint32 // id of base:allocation
 	hasContext bool
 
+	// discardFrom is the least length of reads whose payloads may be passed over
+	// unseen if they have no place to go to; 0: all are fed.
+	discardFrom uint32
+
 	op   *Op    // whose chunk is being received; nil between chunks
 	left uint32 // payload bytes still to come
 	pos  uint32 // where in op.Data the next of them goes
@@ -52,7 +56,22 @@ func (d *decoder) direct() []byte {
 	return d.op.Data[d.pos : d.pos+d.left]
 }
 
-// wrote says that the first n bytes of direct() have been received.
+// unwanted reports whether op is a read whose payload may be passed over.
+func (d *decoder) unwanted(op *Op) bool {
+	return d.discardFrom > 0 && op.Cmd == wire.CmdRead && op.Length >= d.discardFrom && op.Data == nil
+}
+
+// discards is how many of the next bytes of the stream may be passed over instead
+// of being fed; 0 if they must be fed. The caller then calls wrote.
+func (d *decoder) discards() int {
+	if d.left == 0 || !d.unwanted(d.op) {
+		return 0
+	}
+	return int(d.left)
+}
+
+// wrote says that the first n bytes of direct() have been received, or that as many
+// of discards() have been passed over.
 func (d *decoder) wrote(n int) error {
 	d.pos += uint32(n)
 	d.left -= uint32(n)

@@ -43,17 +43,25 @@ func newBook() *book {
 }
 
 func (b *book) decoder(structured bool) *decoder {
-	return &decoder{reqs: b, structured: structured, context: fakeContext, hasContext: true}
+	return &decoder{reqs: b, structured: structured, context: fakeContext, hasContext: true, discardFrom: 32}
 }
 
 // feedSplit feeds stream in pieces of n bytes; direct also takes payloads by
-// direct and wrote.
+// direct, passes over those that may be, and says wrote.
 func feedSplit(d *decoder, stream []byte, n int, direct bool) error {
 	var buf []byte
 	for len(stream) > 0 {
 		k := min(n, len(stream))
 		if dst := d.direct(); direct && dst != nil && len(buf) == 0 {
 			k = copy(dst, stream[:k])
+			stream = stream[k:]
+			if err := d.wrote(k); err != nil {
+				return err
+			}
+			continue
+		}
+		if over := d.discards(); direct && over > 0 && len(buf) == 0 {
+			k = min(over, k)
 			stream = stream[k:]
 			if err := d.wrote(k); err != nil {
 				return err

@@ -14,6 +14,7 @@ import (
 // fakeServer is a scripted server: it shakes hands as told, then script speaks.
 type fakeServer struct {
 	net.Conn
+	network     string // unix if empty, or tcp
 	size        uint64
 	flags       uint16
 	noStruct    bool // refuses STRUCTURED_REPLY
@@ -148,10 +149,17 @@ func chunk(cookie uint64, flags, typ uint16, body ...any) []byte {
 // (nil closes). It returns the URI of the default export.
 func startFake(t testing.TB, f fakeServer, script func(f *fakeServer)) string {
 	t.Helper()
-	path := t.TempDir() + "/s"
-	l, err := net.Listen("unix", path)
+	network, address := "unix", t.TempDir()+"/s"
+	uri := UnixURI(address, "")
+	if f.network == "tcp" {
+		network, address = "tcp", "127.0.0.1:0"
+	}
+	l, err := net.Listen(network, address)
 	if err != nil {
 		t.Fatal(err)
+	}
+	if network == "tcp" {
+		uri = "nbd://" + l.Addr().String()
 	}
 	var wg sync.WaitGroup
 	wg.Go(func() {
@@ -174,5 +182,5 @@ func startFake(t testing.TB, f fakeServer, script func(f *fakeServer)) string {
 		_ = l.Close()
 		wg.Wait()
 	})
-	return UnixURI(path, "")
+	return uri
 }

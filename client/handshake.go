@@ -16,10 +16,15 @@ const (
 	maxReplies     = 1 << 16  // most replies to one option
 )
 
-// Options say what to negotiate.
+// Options say what to negotiate, and what to do with what comes.
 type Options struct {
 	SimpleReplies bool // do not ask for structured replies
 	Allocation    bool // ask for base:allocation; implies structured replies
+
+	// Discard has a Batch throw payloads away without copying them out of the
+	// socket, where reads of 64 KiB or more have no Op.Data. Smaller reads that are
+	// in flight at the same time are then received in small pieces.
+	Discard bool
 }
 
 // Info is what the server said about an export.

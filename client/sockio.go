@@ -24,6 +24,9 @@ type receiver struct {
 	// come in the turn that sent their requests, so the time of the turn is not enough.
 	at int64
 
+	drain    *drain // nil: everything is received
+	unwanted int    // reads in flight whose payloads the drain is for
+
 	iov [2]unix.Iovec
 	msg unix.Msghdr
 }
@@ -43,13 +46,24 @@ func (r *receiver) receive(fd uintptr, d *decoder) (n int, err error) {
 	if dst := d.direct(); len(dst) >= directFrom {
 		return r.receiveInto(fd, d, dst)
 	}
-	n, err = result(syscall.RawSyscall6(unix.SYS_RECVFROM, fd,
-		uintptr(unsafe.Pointer(&r.buf[r.have])), uintptr(len(r.buf)-r.have), unix.MSG_DONTWAIT, 0, 0))
+	if left := d.discards(); left > 0 {
+		return r.discard(fd, d, left)
+	}
+	n, err = systemCall("recv").result(syscall.RawSyscall6(unix.SYS_RECVFROM, fd,
+		uintptr(unsafe.Pointer(&r.buf[r.have])), uintptr(r.room()), unix.MSG_DONTWAIT, 0, 0))
 	if n <= 0 {
 		return n, err
 	}
 	r.at = Now()
 	return n, r.feed(d, n)
+}
+
+// room is how much to receive into the buffer.
+func (r *receiver) room() int {
+	if r.unwanted > 0 {
+		return headsSize
+	}
+	return len(r.buf) - r.have
 }
 
 // receiveInto receives a payload into its place, and what comes behind it into
@@ -58,10 +72,10 @@ func (r *receiver) receiveInto(fd uintptr, d *decoder, dst []byte) (n int, err e
 	r.iov[0].Base = &dst[0]
 	r.iov[0].SetLen(len(dst))
 	r.iov[1].Base = &r.buf[0]
-	r.iov[1].SetLen(len(r.buf))
+	r.iov[1].SetLen(r.room())
 	r.msg.Iov = &r.iov[0]
 	r.msg.SetIovlen(2)
-	n, err = result(syscall.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.msg)), unix.MSG_DONTWAIT))
+	n, err = systemCall("recvmsg").result(syscall.RawSyscall(unix.SYS_RECVMSG, fd, uintptr(unsafe.Pointer(&r.msg)), unix.MSG_DONTWAIT))
 	if n <= 0 {
 		return n, err
 	}
@@ -72,6 +86,19 @@ func (r *receiver) receiveInto(fd uintptr, d *decoder, dst []byte) (n int, err e
 	return n, r.feed(d, n-len(dst))
 }
 
+// discard throws away what has come of a payload, left bytes of it at most.
+func (r *receiver) discard(fd uintptr, d *decoder, left int) (n int, err error) {
+	n, err = r.drain.take(fd, left)
+	if n <= 0 {
+		return n, err
+	}
+	r.at = Now()
+	if err := r.drain.empty(n); err != nil {
+		return n, err
+	}
+	return n, d.wrote(n)
+}
+
 func (r *receiver) feed(d *decoder, n int) error {
 	n += r.have
 	used, err := d.feed(r.buf[:n])
@@ -79,13 +106,16 @@ func (r *receiver) feed(d *decoder, n int) error {
 	return err
 }
 
+// systemCall is the name of one that receives.
+type systemCall string
+
 // result is the outcome of a receive: n 0 and no error if there is nothing.
-func result(r, _ uintptr, errno syscall.Errno) (n int, err error) {
+func (c systemCall) result(r, _ uintptr, errno syscall.Errno) (n int, err error) {
 	switch {
 	case errno == syscall.EAGAIN || errno == syscall.EINTR:
 		return 0, nil
 	case errno != 0:
-		return 0, eof(os.NewSyscallError("recv", errno))
+		return 0, eof(os.NewSyscallError(string(c), errno))
 	case r == 0:
 		return 0, ErrServerClosed
 	}
