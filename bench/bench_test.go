@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync/atomic"
@@ -59,7 +60,8 @@ func TestConfig(t *testing.T) {
 		"large block": func(c *Config) { c.BlockSize = 64 << 20 }, "depth": func(c *Config) { c.Depth = 0 },
 		"connections": func(c *Config) { c.Conns = 0 }, "rate": func(c *Config) { c.Rate = math.NaN() },
 		"endless": func(c *Config) { c.Ops = 0 }, "size": func(c *Config) { c.Size = -1 },
-		"odd block to verify": func(c *Config) { c.Verify, c.BlockSize = true, 1000 },
+		"discarded and verified": func(c *Config) { c.Verify, c.Discard = true, true },
+		"odd block to verify":    func(c *Config) { c.Verify, c.BlockSize = true, 1000 },
 	} {
 		c := valid("nbd://host", "randread")
 		if err := c.Check(); err != nil {
@@ -155,6 +157,40 @@ func TestRunModes(t *testing.T) {
 					t.Fatalf("%+v: %+v", c, r)
 				}
 			}
+		}
+	}
+}
+
+// TestRunDiscard throws large payloads away, amid small answers.
+func TestRunDiscard(t *testing.T) {
+	pipes := func() (n int) {
+		fds, err := filepath.Glob("/proc/self/fd/*")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range fds {
+			if to, err := os.Readlink(fd); err == nil && strings.HasPrefix(to, "pipe:") {
+				n++
+			}
+		}
+		return n
+	}
+	for _, discard := range []bool{false, true} {
+		f := newFake(4 << 20)
+		c := valid(f.uri(t), "mixed")
+		c.BlockSize, c.Discard = 128<<10, discard
+		l := &load{cfg: &c}
+		before := pipes()
+		if err := l.connect(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if opened := pipes() > before; opened != discard {
+			t.Errorf("discard %v: a pipe %v", discard, opened)
+		}
+		r, err := l.run(t.Context())
+		l.close()
+		if err != nil || r.Total.Ops != c.Ops || r.Discard != discard {
+			t.Errorf("discard %v: %+v, %v", discard, r, err)
 		}
 	}
 }
@@ -387,6 +423,9 @@ func TestResultForms(t *testing.T) {
 	if err != nil || json.Unmarshal(b, &back) != nil || back.Total != r.Total || *back.ServerCPU != *r.ServerCPU {
 		t.Errorf("%s %v", b, err)
 	}
+	if bytes.Contains(b, []byte("discard")) {
+		t.Errorf("nothing was discarded: %s", b)
+	}
 	var table bytes.Buffer
 	if err := r.WriteTable(&table); err != nil {
 		t.Fatal(err)
@@ -395,6 +434,20 @@ func TestResultForms(t *testing.T) {
 		if !strings.Contains(table.String(), want) {
 			t.Errorf("no %q in\n%s", want, &table)
 		}
+	}
+	if strings.Contains(table.String(), "discard") {
+		t.Errorf("nothing was discarded: %s", &table)
+	}
+	r.Discard = true
+	if g := r.GoBench(); !strings.Contains(g, "/mixed70/discard/bs=4k/") {
+		t.Error(g)
+	}
+	if b, err := r.JSON(); err != nil || !bytes.Contains(b, []byte(`"discard": true`)) {
+		t.Errorf("%s %v", b, err)
+	}
+	table.Reset()
+	if err := r.WriteTable(&table); err != nil || !strings.Contains(table.String(), "64k and more discarded") {
+		t.Errorf("%s %v", &table, err)
 	}
 	for x, want := range map[float64]string{0: "0", 999: "999", 1000: "1,000", 1234567: "1,234,567", -1234: "-1,234"} {
 		if got := grouped(x); got != want {

@@ -41,6 +41,11 @@ type Config struct {
 	IgnoreEPERM   bool // count refused operations instead of stopping
 	SimpleReplies bool // do not negotiate structured replies
 
+	// Discard throws the payloads of reads of 64 KiB or more away without copying
+	// them out of the socket. What large reads measure is then the server, and not
+	// this client's copy, which a user's client has to make as well.
+	Discard bool
+
 	// Progress, if not nil, hears how it goes a few times a second.
 	Progress func(Progress) `json:"-"`
 }
@@ -73,6 +78,8 @@ func (c *Config) Check() error {
 		return fmt.Errorf("rate %g: want 0 to 1e9 operations/s", c.Rate)
 	case c.Time == 0 && c.Ops == 0:
 		return errors.New("neither a time nor a number of operations is given: the load would never end")
+	case c.Verify && c.Discard:
+		return errors.New("what is discarded cannot be verified: give one of the two")
 	case c.Verify && c.BlockSize%sectorSize != 0:
 		return fmt.Errorf("block size %d: verifying needs a multiple of %d", c.BlockSize, sectorSize)
 	}

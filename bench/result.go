@@ -20,6 +20,7 @@ type Result struct {
 	Depth      int           `json:"depth"`
 	Conns      int           `json:"conns"`
 	FUA        bool          `json:"fua,omitempty"`
+	Discard    bool          `json:"discard,omitempty"` // payloads of large reads were not copied
 	Rate       float64       `json:"rate,omitempty"`
 	Cores      int           `json:"cores"` // GOMAXPROCS of the client
 	Structured bool          `json:"structured_replies"`
@@ -93,8 +94,12 @@ func newCPU(used time.Duration, ops int64, elapsed time.Duration) CPU {
 // WriteTable writes r for people.
 func (r *Result) WriteTable(out io.Writer) error {
 	var s strings.Builder
-	fmt.Fprintf(&s, "%s\n%s of %s, depth %d, %s, for %v\n\n", r.URI, r.Load, FormatSize(r.BlockSize), r.Depth,
+	fmt.Fprintf(&s, "%s\n%s of %s, depth %d, %s, for %v\n", r.URI, r.Load, FormatSize(r.BlockSize), r.Depth,
 		plural(int64(r.Conns), "connection"), r.Elapsed.Round(time.Millisecond))
+	if r.Discard {
+		s.WriteString("payloads of reads of 64k and more discarded: what a client gets that takes them is less\n")
+	}
+	s.WriteString("\n")
 	t := tabwriter.NewWriter(&s, 0, 0, 2, ' ', tabwriter.AlignRight)
 	fmt.Fprintln(t, "\toperations\tops/s\tMiB/s\tp50 us\tp99 us\tp99.9 us\tmax us\t")
 	row := func(name string, x Stats) {
@@ -153,7 +158,11 @@ func (r *Result) GoBench() string {
 	if r.Label != "" {
 		s.WriteString(strings.Join(strings.Fields(r.Label), "_") + "/")
 	}
-	fmt.Fprintf(&s, "%s/bs=%s/depth=%d/conns=%d-%d\t%d", r.Load, FormatSize(r.BlockSize), r.Depth, r.Conns, r.Cores, r.Total.Ops)
+	s.WriteString(r.Load)
+	if r.Discard {
+		s.WriteString("/discard") // not to be compared with what is copied
+	}
+	fmt.Fprintf(&s, "/bs=%s/depth=%d/conns=%d-%d\t%d", FormatSize(r.BlockSize), r.Depth, r.Conns, r.Cores, r.Total.Ops)
 	if r.Total.OpsPerSec > 0 {
 		fmt.Fprintf(&s, "\t%.1f ns/op", 1e9/r.Total.OpsPerSec)
 	}

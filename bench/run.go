@@ -62,7 +62,7 @@ type load struct {
 }
 
 func (l *load) connect(ctx context.Context) error {
-	opt := client.Options{SimpleReplies: l.cfg.SimpleReplies}
+	opt := client.Options{SimpleReplies: l.cfg.SimpleReplies, Discard: l.cfg.Discard}
 	var first, blocks int64
 	run := rand.Uint64() | 1
 	for id := range l.cfg.Conns {
@@ -236,7 +236,7 @@ func (l *load) result(begin int64, own time.Duration, used usage) Result {
 	c := l.cfg
 	r := Result{
 		URI: c.URI, Label: c.Label, Load: c.kind(), BlockSize: c.BlockSize, Depth: c.Depth, Conns: c.Conns,
-		FUA: c.FUA, Rate: c.Rate, Cores: runtime.GOMAXPROCS(0), Structured: l.info.Structured,
+		FUA: c.FUA, Discard: c.Discard, Rate: c.Rate, Cores: runtime.GOMAXPROCS(0), Structured: l.info.Structured,
 		MultiConn: l.info.CanMultiConn(),
 	}
 	reads, writes, flushes := newHistogram(), newHistogram(), newHistogram()

@@ -31,6 +31,10 @@ bytes per second, latencies and processor time.
 URI is nbd://HOST[:PORT]/NAME or nbd+unix:///NAME?socket=PATH. Loads that write
 destroy what the export holds. Sizes take k, M, G and T.
 
+Where reads are large the client's copy out of the socket takes longer than what
+the server does. With --discard it copies no payload of 64k or more, as iperf3
+with --skip-rx-copy: that measures the server, and no user's client is as fast.
+
 Exit status is 1 if the load could not be run to its end or if --verify found
 anything wrong.`,
 		Example: `  # what a guest's small random reads would get
@@ -93,6 +97,7 @@ anything wrong.`,
 	f.IntVar(&c.PID, "pid", 0, "process id `PID` of the server, to report its processor time per operation")
 	f.BoolVar(&c.IgnoreEPERM, "ignore-eperm", false, "count refused operations, as of an inactive export, instead of stopping")
 	f.BoolVar(&c.SimpleReplies, "simple-replies", false, "do not negotiate structured replies")
+	f.BoolVar(&c.Discard, "discard", false, "throw payloads of reads of 64k and more away uncopied, to measure what the server can send, not what a client gets")
 	f.StringVar(&c.Label, "label", "", "`TEXT` added to the name of the Go benchmark line")
 	f.BoolVar(&asGoBench, "gobench", false, "print a Go benchmark line")
 	f.BoolVar(&asJSON, "json", false, "print JSON")

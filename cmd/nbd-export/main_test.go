@@ -57,6 +57,7 @@ func TestUsage(t *testing.T) {
 		{"serve -p 99999999999999999999 x", 2, `flag: too large or too small a number; see`},
 		{"bench --rate x nbd://h", 2, `invalid argument "x" for "--rate" flag: not a number; see`},
 		{"bench --time x nbd://h", 2, `invalid argument "x" for "--time" flag: not a time such as 500ms, 10s or 2m; see`},
+		{"bench --discard --verify nbd://h", 2, "bench: what is discarded cannot be verified"},
 		{"bench nbd+unix:///?socket=/no/such", 1, "bench: dial unix /no/such: connect: no such file or directory; is a server listening there?"},
 		{"completion", 2, "completion needs the name of a shell: bash, fish, powershell or zsh; see nbd-export completion --help"},
 		{"completion ksh", 2, `completion is for bash, fish, powershell or zsh, but got "ksh"; see`},
