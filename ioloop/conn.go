@@ -97,11 +97,12 @@ type conn struct {
 	stopping atomic.Bool
 
 	// Of the receiving goroutine only:
-	in       *buffer // nil while idle
-	r, w     int     // unread bytes of in.raw
-	peeker   peeker  // the transport, if it is one
-	next     look    // at what comes
-	peeked   bool    // what in.raw has from taken on was only looked at
+	in       *buffer  // nil while idle
+	r, w     int      // unread bytes of in.raw
+	peeker   peeker   // the transport, if it is one
+	spin     *spinner // its; nil where nothing spins
+	next     look     // at what comes
+	peeked   bool     // what in.raw has from taken on was only looked at
 	taken    int
 	puts     *puts // nil while nothing was put off
 	one      [1]unix.Iovec
@@ -165,6 +166,7 @@ func newConn(e *Engine, nc net.Conn, codec Codec, d *Disk) *conn {
 	c.out.init(c.t)
 	if s, ok := c.t.(*socket); ok && spins() {
 		s.spin.may, s.spin.clock = c.maySpin, clock
+		c.spin = &s.spin
 	}
 	c.ring = e.ring
 	c.lane = d.Machine.Lane(c.reopen, c.oldest)

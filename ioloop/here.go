@@ -47,6 +47,9 @@ func (c *conn) readHere(t *task) {
 	c.list(t)
 	err := t.fetch(false)
 	c.e.reading.Add(-1)
+	if c.spin != nil {
+		c.spin.device = true
+	}
 	if c.peeker.pending() > 0 {
 		c.single = 0 // it had more to ask
 	}

@@ -47,6 +47,10 @@ type spinner struct {
 	since  time.Duration // when the present wait began; 0 for none
 	last   time.Duration // look at the clock in it
 	over   bool          // it is slept through
+	// device: the last request has waited for one. To wake up is little beside that:
+	// 4k O_DIRECT reads at depth 1 with spinning after them are 9.1k to 9.8k
+	// operations/s at 53 us of processor time, and without 9.8k to 10.7k at 40.
+	device bool
 }
 
 // again is called when there is nothing to receive, and says whether to look
@@ -59,7 +63,8 @@ func (s *spinner) again() bool {
 	switch {
 	case s.since == 0:
 		s.since = now
-		s.over = s.budget < spinAt || !s.may()
+		s.over = s.device || s.budget < spinAt || !s.may()
+		s.device = false
 	case s.over:
 	case now-s.last > spinGap:
 		s.over = true

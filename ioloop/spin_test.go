@@ -125,3 +125,19 @@ func TestAlone(t *testing.T) {
 	}
 	c.tasks.Add(-1)
 }
+
+// There is no spinning after a request that has waited for a device, and again after
+// one that has not.
+func TestSpinNotAfterDevice(t *testing.T) {
+	s := newTimed()
+	s.budget = spinMost
+	for range 3 {
+		s.device = true
+		if d := s.wait(spinLimit/2, time.Microsecond); d != 0 {
+			t.Fatalf("spun for %v", d)
+		}
+		if d := s.wait(spinLimit/2, time.Microsecond); d == 0 {
+			t.Fatal("did not spin")
+		}
+	}
+}
