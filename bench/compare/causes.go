@@ -9,27 +9,31 @@ var causes = map[string]string{
 	"tmpfs-unix-randread-4k-d32-c4":  "both cores are busy, one of them with the client, which copies pages that no cache has: 1.0 of its 1.4 us.",
 	"tmpfs-unix-randread-4k-d1-c1":   "with spinning, most of what is left is the system calls of both sides and the client's wake-up; the rate of both peers changes twofold with whether the client runs on the server's core.",
 	"tmpfs-unix-randread-16k-d16-c1": "the kernel's copy into the socket and the client's out of it. Spliced it was 0.8 to 1.0x of this, by three replies in a pipe: the client is woken for each pipe.",
-	"tmpfs-unix-randread-64k-d8-c1":  "nothing is copied by the server; the client's copy takes as long as all that the server does, and often they do not run at the same time.",
-	"tmpfs-unix-randread-1M-d4-c1":   "nothing is copied by the server, which is idle for more than half of the time: the client's copy out of the socket is the limit.",
+	"tmpfs-unix-randread-64k-d8-c1-discard": "nothing is copied, by the server or by the client. The server's core is 0.87 busy and the client's 0.64; in between each waits for the other. " +
+		"A third of the server's time is what sendfile does page by page, 8 % switches of threads, 6 % waking the client (perf).",
+	"tmpfs-unix-randread-1M-d4-c1-discard": "nothing is copied, by the server or by the client. The server's core is 0.94 busy: a third of that is what sendfile does page by page, " +
+		"and 34 % are switches of threads (perf).",
 	"tmpfs-unix-randwrite-4k-d32-c1": "as for reads; in other runs 2.6x and 3.0x, which is above the goal.",
 	"tmpfs-unix-mixed-4k-d32-c1":     "as for reads, and these are copied in batches that write: spliced, eight at a time, they would have the writes carried out in small groups, which was slower (382k to 457k).",
 	"tmpfs-tcp-randread-4k-d32-c1":   "both sides are busy: the client copies pages that no cache has, and both have the packets of the loopback.",
 	"direct-unix-randread-4k-d1-c1":  "the disk: fio gets 11.9k operations/s of it at this depth, by preads and by io_uring alike, and there is nothing to be quicker at.",
 	"direct-unix-randread-4k-d32-c1": "fio gets 87k to 129k operations/s of this disk at this depth, all servers 60k to 70k: there an operation waits for three processors to wake, too. " +
 		"Of our time 20 % is the copy into the socket, 19 % switches of threads, 11 % telling the device (perf).",
-	"direct-unix-randread-4k-d32-c4":    "the disk: fio gets 103k to 138k operations/s with four jobs at this depth.",
-	"direct-unix-randwrite-4k-d32-c1":   "as for reads.",
-	"ext4-cold-unix-randread-4k-d32-c1": "as with O_DIRECT: fio gets 104k operations/s at this depth, without a server between.",
-	"ext4-cold-unix-read-1M-d4-c1":      "the disk gives fio 1.4k to 1.8k at this depth; reading ahead comes close to it, in some rounds.",
-	"tmpfs-unix-randread-1M-d1-c1":      "one request at a time: server and client work in turns.",
-	"tmpfs-unix-randread-4k-d1-c4":      "the server sleeps and is woken for nearly each request, which takes 13 to 25 us of who wakes it and 25 to 60 until it runs (ftrace); spinning with several busy connections costs more than it brings.",
-	"tmpfs-tcp-randread-64k-d8-c1":      "pages are spliced, so the server copies nothing, and the client is busy all the time, with copying them.",
-	"tmpfs-tcp-randread-1M-d4-c1":       "loopback's own cost; sendfile was slower than page references (2.1k operations/s at 480 us against 3.6k at 278).",
+	"direct-unix-randread-4k-d32-c4":       "the disk: fio gets 103k to 138k operations/s with four jobs at this depth.",
+	"direct-unix-randwrite-4k-d32-c1":      "as for reads.",
+	"ext4-cold-unix-randread-4k-d32-c1":    "as with O_DIRECT: fio gets 104k operations/s at this depth, without a server between.",
+	"ext4-cold-unix-read-1M-d4-c1-discard": "the disk gives fio 1.4k to 1.8k at this depth; reading ahead comes close to it, in some rounds.",
+	"tmpfs-unix-randread-1M-d1-c1-discard": "one request at a time: server and client work in turns.",
+	"tmpfs-unix-randread-4k-d1-c4":         "the server sleeps and is woken for nearly each request, which takes 13 to 25 us of who wakes it and 25 to 60 until it runs (ftrace); spinning with several busy connections costs more than it brings.",
+	"tmpfs-tcp-randread-64k-d8-c1-discard": "pages are spliced, so nothing is copied, by the server or by the client. The server's core is 0.96 busy, with the loopback's packets; " +
+		"14 % of its time is waking the other side and 12 % taking hold of pages (perf).",
+	"tmpfs-tcp-randread-1M-d4-c1-discard": "41 % of the server's time is the copy into the socket, 23 % waking the other side (perf). Without it, by sendfile, it was slower: " +
+		"2.1k operations/s at 480 us and 3.6k at 278, with a client that copies.",
 	"tmpfs-unix-randwrite-1M-d4-c1": "of the server's time 57 % goes into copying from the socket into the pages of the file (perf), some of the rest into threads that wake for every piece that arrives; " +
 		"a payload that is not yet whole in the socket takes the way through a buffer.",
-	"tmpfs-tcp-randwrite-1M-d4-c1":        "as on the Unix socket; the window is often too small at first for a payload to be whole in the socket.",
-	"ext4-cached-unix-randread-4k-d32-c1": "as on tmpfs.",
-	"ext4-cached-unix-randread-1M-d4-c1":  "as on tmpfs: the client's copy.",
+	"tmpfs-tcp-randwrite-1M-d4-c1":               "as on the Unix socket; the window is often too small at first for a payload to be whole in the socket.",
+	"ext4-cached-unix-randread-4k-d32-c1":        "as on tmpfs.",
+	"ext4-cached-unix-randread-1M-d4-c1-discard": "as on tmpfs, nothing is copied. The server's core is 0.9 busy: 30 % of that is what sendfile does page by page, and as much switches of threads (perf).",
 }
 
 // handoverCauses says what limits handovers that miss their goals; with

@@ -42,6 +42,7 @@ var checkCells = []checkCell{
 	{programLimit, cell{Medium: onTmpfs, Transport: "unix", RW: "randread", BlockSize: 4 * k, Depth: 32, Conns: 1}},
 	{delayed.name, cell{Medium: onTmpfs, Transport: "unix", RW: "randread", BlockSize: 4 * k, Depth: 1, Conns: 1}},
 	{delayed.name, cell{Medium: onTmpfs, Transport: "unix", RW: "randread", BlockSize: 4 * k, Depth: 8, Conns: 1}},
+	{delayed.name, cell{Medium: onTmpfs, Transport: "unix", RW: "randread", BlockSize: 64 * k, Depth: 8, Conns: 1, Discard: true}},
 	{"qemu-nbd/io_uring", cell{Medium: onDirect, Transport: "unix", RW: "randread", BlockSize: 64 * k, Depth: 1, Conns: 1}},
 }
 

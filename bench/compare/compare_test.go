@@ -52,7 +52,7 @@ func TestLimit(t *testing.T) {
 }
 
 func TestCells(t *testing.T) {
-	if len(goals) != 25 {
+	if len(goals) != 31 {
 		t.Errorf("%d cells", len(goals))
 	}
 	ids, seen := map[string]bool{}, map[place]bool{}
@@ -67,8 +67,13 @@ func TestCells(t *testing.T) {
 		if err := cfg.Check(); err != nil {
 			t.Errorf("%s: %v", c.ID(), err)
 		}
-		if c.Ops <= 0 || c.CPU <= 0 || loads[c.RW] == "" {
+		if aside := c.largeRead() && !c.Discard; loads[c.RW] == "" || (c.Ops > 0) == aside || (c.CPU > 0) == aside || c.Discard && !c.largeRead() {
 			t.Errorf("%s: %+v", c.ID(), c)
+		}
+		if c.Discard && c.Medium != onCold { // there the disk is the limit
+			if aside := cellsOf(strings.TrimSuffix(c.ID(), "-discard"))[0]; aside.Discard || aside.Quick {
+				t.Errorf("beside %s: %+v", c.ID(), aside)
+			}
 		}
 	}
 	for _, p := range places(goals) {
@@ -156,7 +161,7 @@ func TestFlags(t *testing.T) {
 		t.Error(c, err)
 	}
 	c, _, err = parseFlags([]string{"-quick", "-rounds", "5", "-cells", "tcp"})
-	if err != nil || c.rounds != 5 || c.out == "docs" || len(c.cells) != 4 {
+	if err != nil || c.rounds != 5 || c.out == "docs" || len(c.cells) != 6 {
 		t.Error(c, err)
 	}
 	for _, bad := range [][]string{{"-cells", "nothing"}, {"-cells", "("}, {"-rounds", "0"}, {"-image-size", "1k"}, {"x"}} {

@@ -135,6 +135,10 @@ func parseFlags(args []string) (c config, render string, err error) {
 	}
 	if *list {
 		for _, x := range goals {
+			if x.Ops == 0 {
+				fmt.Printf("%-40s no goal\n", x.ID())
+				continue
+			}
 			fmt.Printf("%-40s %.3gx %.3gx\n", x.ID(), x.Ops, x.CPU)
 		}
 		for _, x := range handoverCells {

@@ -53,13 +53,20 @@ func (rep *report) writeGoals(s *strings.Builder, results []result) {
 	met, all := 0, 0
 	for _, r := range results {
 		for _, v := range []verdict{r.ops, r.cpu} {
+			if v.goal == 0 {
+				continue
+			}
 			if all++; v.met() {
 				met++
 			}
 		}
 	}
 	fmt.Fprintf(s, "## Goals\n\n%d of %d met. Each ratio is ours to the better peer: operations per second, and\n"+
-		"operations per second of the server's processor time. In brackets the 90 %% interval.\n\n", met, all)
+		"operations per second of the server's processor time. In brackets the 90 %% interval.\n", met, all)
+	if rep.discards() {
+		s.WriteString("Rows without a goal are the load above them with a client that copies what it reads; [why](#the-client).\n")
+	}
+	s.WriteString("\n")
 	s.WriteString("| cell | ops/s | ratio | goal | | server CPU us/op | ratio | goal | |\n|---|--:|--:|--:|---|--:|--:|--:|---|\n")
 	rep.byPlace(results, func(title string, of []result) {
 		fmt.Fprintf(s, "| **%s** | | | | | | | | |\n", title)
@@ -76,16 +83,22 @@ func (rep *report) writeGoals(s *strings.Builder, results []result) {
 
 // String is the ratio and its goal, two columns.
 func (v verdict) String() string {
-	if !v.known() {
-		return fmt.Sprintf("- | %.3gx", v.goal)
+	reached, goal := "-", ""
+	if v.known() {
+		reached = fmt.Sprintf("%s [%s, %s]", times(v.Median), times(v.Low), times(v.High))
 	}
-	return fmt.Sprintf("%s [%s, %s] | %.3gx", times(v.Median), times(v.Low), times(v.High), v.goal)
+	if v.goal > 0 {
+		goal = fmt.Sprintf("%.3gx", v.goal)
+	}
+	return reached + " | " + goal
 }
 
 func mark(v verdict) string {
 	switch {
 	case !v.known():
 		return "not measured"
+	case v.goal == 0:
+		return ""
 	case v.met():
 		return "met"
 	}
@@ -103,7 +116,7 @@ func (rep *report) writeMisses(s *strings.Builder, results []result) {
 			name string
 			verdict
 		}{{"operations", r.ops}, {"CPU", r.cpu}} {
-			if x.known() && !x.met() {
+			if x.goal > 0 && x.known() && !x.met() {
 				what = append(what, fmt.Sprintf("%s %s of %.3gx against %s", x.name, times(x.Median), x.goal, x.peer))
 			}
 		}
@@ -133,8 +146,15 @@ func (rep *report) writeMisses(s *strings.Builder, results []result) {
 
 func (rep *report) writeChecks(s *strings.Builder) {
 	s.WriteString("## The client\n\nThe load comes from the engine of `nbd-export bench`. What it costs itself is in the tables below;\n" +
-		"the *limit* server there answers from a constant buffer, without any file. Beside fio\n" +
-		"(`--ioengine=nbd`) on the same server, in turn:\n\n")
+		"the *limit* server there answers from a constant buffer, without any file.\n\n")
+	if rep.discards() {
+		s.WriteString("Reads of 64k and more are measured with `--discard`, on all servers alike: the client takes their payloads off\n" +
+			"the socket without copying them, by splice into a pipe and from there to /dev/null. On a Unix socket its copy takes\n" +
+			"as long as all that our server does for such a read, or longer: with it these cells would say how fast the client\n" +
+			"copies. But no user's client is that cheap, since it wants the bytes. What one gets that copies them is in the rows\n" +
+			"*copied by the client*, which have no goal. In the other sections all reads are copied.\n\n")
+	}
+	s.WriteString("Beside fio (`--ioengine=nbd`) on the same server, in turn:\n\n")
 	if len(rep.Checks) == 0 {
 		s.WriteString("Not checked in this run.\n\n")
 		return
@@ -145,6 +165,9 @@ func (rep *report) writeChecks(s *strings.Builder) {
 		q, words := k.judge()
 		cpu, cores := func(x side) float64 { return x.CPU }, func(x side) float64 { return x.Cores }
 		title := k.Cell.Title()
+		if k.Cell.Discard {
+			title += ", discarded by bench"
+		}
 		if k.Cell.Medium == onDirect {
 			title += ", O_DIRECT"
 		}
@@ -225,6 +248,9 @@ func (rep *report) writeMethod(s *strings.Builder) {
 - nbdkit's file plugin has no O_DIRECT; with ` + "`cache=none`" + ` it drops what it has used from the page cache.
 - The 1M read at depth 4 has a lower goal where net.core.wmem_max is below 4 MiB.
 `)
+	if rep.discards() {
+		s.WriteString("- Reads of 64k and more are loads with `--discard`, unless they are called copied: see [the client](#the-client).\n")
+	}
 }
 
 // spread is a median and its range.

@@ -47,7 +47,7 @@ func TestParts(t *testing.T) {
 			t.Errorf("%s: %v", r.ID(), r.ops)
 		}
 	}
-	if len(results) != 3 || len(rep.Checks) != 3 {
+	if len(results) != 3 || len(rep.Checks) != 4 {
 		t.Errorf("%d cells, %d checks", len(results), len(rep.Checks))
 	}
 	page := rep.markdown(results)

@@ -10,7 +10,7 @@ import (
 // The plot's measures, in its own units.
 const (
 	plotWidth = 960
-	plotLeft  = 300 // where the scale begins
+	plotLeft  = 330 // where the scale begins
 	plotRight = 770 // where it ends, and figures begin
 	rowHeight = 30
 	headSpace = 96 // above the first row
@@ -107,14 +107,16 @@ func (rep *report) plot(results []result) string {
 				verdict
 			}{{"ops", -5.5, 850, r.ops}, {"cpu", 5.5, 930, r.cpu}} {
 				py := middle + v.shift
-				line("goal", x(v.goal), py-5, x(v.goal), py+5)
+				if v.goal > 0 {
+					line("goal", x(v.goal), py-5, x(v.goal), py+5)
+				}
 				if !v.known() {
 					text("dim num", v.at, middle+4.5, "-")
 					continue
 				}
 				line("span "+v.class, x(v.Low), py, x(v.High), py)
 				mark := " missed"
-				if v.met() {
+				if v.goal == 0 || v.met() {
 					mark = " met"
 				}
 				dot(v.class+mark, x(v.Median), py)

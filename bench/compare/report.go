@@ -73,7 +73,7 @@ type figures struct {
 type verdict struct {
 	peer string // the better one, "" if there is none
 	ratio
-	goal float64
+	goal float64 // 0: none
 }
 
 func (v verdict) met() bool { return v.known() && v.meets(v.goal) }
@@ -163,6 +163,11 @@ func (r *result) judge(goal float64, figure func(*figures) (good float64, by map
 	_, b := figure(r.servers[v.peer])
 	v.ratio = newRatio(paired(a, b))
 	return v
+}
+
+// discards reports whether the client discarded what it read in any cell.
+func (rep *report) discards() bool {
+	return slices.ContainsFunc(rep.Cells, func(c cell) bool { return c.Discard })
 }
 
 // failed is how many loads could not be run to their end.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -27,12 +28,23 @@ func rounded(c cell, server string, round int, ops, cpu float64) sample {
 	return sample{Cell: c.ID(), Server: server, Round: round, Own: 5 << 20, Result: r}
 }
 
+// cellsOf are goals' cells by their ids, in this order.
+func cellsOf(ids ...string) (cells []cell) {
+	for _, id := range ids {
+		i := slices.IndexFunc(goals, func(c cell) bool { return c.ID() == id })
+		cells = append(cells, goals[i])
+	}
+	return cells
+}
+
 // testReport has a cell that is met, one whose best peers differ and that is
-// missed by half, one near its goal, a cold one that was not, and one that failed.
+// missed by half, large reads that are discarded and the same copied, which have no
+// goal, one near its goal, a cold one that was not, and one that failed.
 func testReport() *report {
 	rep := &report{
 		When: time.Date(2026, 11, 23, 1, 2, 3, 0, time.UTC), Rounds: 7, CellTime: time.Second, Image: 1 << 30,
-		Cells:    []cell{goals[0], goals[2], goals[12], goals[20], goals[21]},
+		Cells: cellsOf("tmpfs-unix-randread-4k-d32-c1", "tmpfs-unix-randread-4k-d1-c1", "tmpfs-unix-randread-1M-d4-c1-discard",
+			"tmpfs-unix-randread-1M-d4-c1", "tmpfs-tcp-randread-4k-d32-c1", "ext4-cold-unix-randread-4k-d32-c1", "ext4-cold-unix-read-1M-d4-c1-discard"),
 		Servers:  []string{programLimit, programOurs, "qemu-nbd/threads", "qemu-nbd/io_uring", programNbdkit},
 		Commands: []string{"nbd-export serve -f raw -k $SOCKET $IMAGE", "nbdkit -f -U $SOCKET file $IMAGE"},
 		Machine: machine{
@@ -46,25 +58,26 @@ func testReport() *report {
 			rep.Samples = append(rep.Samples, rounded(c, server, round, ops*drift, cpu/drift))
 		}
 	}
-	for i, c := range rep.Cells[:4] {
-		add(c, programOurs, []float64{560e3, 34e3, 335e3, 40e3}[i], []float64{1.6, 15, 2.9, 18}[i])
-		add(c, "qemu-nbd/threads", 15e3, 80)
-		add(c, "qemu-nbd/io_uring", []float64{49e3, 20e3, 31e3, 18e3}[i], []float64{28, 35, 42, 60}[i])
-		add(c, programNbdkit, []float64{122e3, 18e3, 54e3, 33e3}[i], []float64{8.8, 24, 19, 40}[i])
+	for i, c := range rep.Cells[:6] {
+		add(c, programOurs, []float64{560e3, 34e3, 13e3, 6e3, 335e3, 40e3}[i], []float64{1.6, 15, 66, 75, 2.9, 18}[i])
+		add(c, "qemu-nbd/threads", []float64{15e3, 15e3, 2.5e3, 1.9e3, 15e3, 15e3}[i], []float64{80, 80, 400, 420, 80, 80}[i])
+		add(c, "qemu-nbd/io_uring", []float64{49e3, 20e3, 2.4e3, 1.8e3, 31e3, 18e3}[i], []float64{28, 35, 420, 500, 42, 60}[i])
+		add(c, programNbdkit, []float64{122e3, 18e3, 2e3, 1.8e3, 54e3, 33e3}[i], []float64{8.8, 24, 450, 480, 19, 40}[i])
 	}
 	add(rep.Cells[0], programLimit, 593e3, 1.6)
 	cold, warm := 0.0, 0.25
 	for i := range rep.Samples {
-		if rep.Samples[i].Cell == rep.Cells[3].ID() {
+		if rep.Samples[i].Cell == rep.Cells[5].ID() {
 			rep.Samples[i].Resident = &cold
 		}
 	}
 	rep.Samples[len(rep.Samples)-8].Resident = &warm
-	rep.Samples = append(rep.Samples, sample{Cell: rep.Cells[4].ID(), Server: programOurs, Err: "connection\nreset"})
+	rep.Samples = append(rep.Samples, sample{Cell: rep.Cells[6].ID(), Server: programOurs, Err: "connection\nreset"})
 	rep.Checks = []check{
 		{checkCells[0].cell, programLimit, []side{{600e3, 1, 0.6}, {610e3, 1, 0.6}}, []side{{100e3, 9, 0.9}, {101e3, 9, 0.9}}},
 		{checkCells[1].cell, delayed.name, []side{{4000, 9, 0.04}, {4100, 9, 0.04}}, []side{{3900, 19, 0.07}, {4100, 19, 0.07}}},
-		{checkCells[3].cell, "qemu-nbd/io_uring", []side{{4000, 9, 0.04}}, []side{{3000, 19, 0.07}}},
+		{checkCells[3].cell, delayed.name, []side{{3900, 15, 0.06}}, []side{{3800, 40, 0.15}}},
+		{checkCells[4].cell, "qemu-nbd/io_uring", []side{{4000, 9, 0.04}}, []side{{3000, 19, 0.07}}},
 	}
 	return rep
 }
@@ -78,8 +91,12 @@ func TestResults(t *testing.T) {
 	if r[1].ops.peer != "qemu-nbd/io_uring" || r[1].cpu.peer != programNbdkit {
 		t.Errorf("%+v %+v", r[1].ops, r[1].cpu)
 	}
-	if len(r[4].failed) != 1 || r[4].ops.known() || r[4].ops.met() {
-		t.Errorf("%+v", r[4])
+	if len(r[6].failed) != 1 || r[6].ops.known() || r[6].ops.met() {
+		t.Errorf("%+v", r[6])
+	}
+	// What is copied has figures of its own, and a ratio, but nothing to reach.
+	if d, c := r[2].ops, r[3].ops; d.goal != 4.5 || d.Median <= c.Median || c.goal != 0 || !c.known() {
+		t.Errorf("%+v %+v", d, c)
 	}
 	if n := testReport().failed(); n != 1 {
 		t.Error(n)
@@ -88,6 +105,45 @@ func TestResults(t *testing.T) {
 	lonely.Samples = lonely.Samples[:7]
 	if v := lonely.results()[0].ops; v.known() || v.peer != "" {
 		t.Errorf("a ratio to nobody: %+v", v)
+	}
+}
+
+// TestOldRun renders figures of a run from before large reads were discarded: they
+// are what they were, and have the goals of that time.
+func TestOldRun(t *testing.T) {
+	rep := testReport()
+	old := rep.Cells[3]
+	old.Ops, old.CPU = 4.5, 4.7
+	rep.Cells = []cell{rep.Cells[0], old}
+	path := filepath.Join(t.TempDir(), "old.json")
+	if err := rep.save(path); err != nil {
+		t.Fatal(err)
+	}
+	rep, err := loadReport(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := rep.markdown(rep.results())
+	for _, s := range []string{"3 of 4 met", "| 1M random read, depth 4, copied by the client | 6,360 | 3.22x", "| 4.5x | **missed** |"} {
+		if !strings.Contains(page, s) {
+			t.Errorf("the page does not say %q:\n%s", s, page)
+		}
+	}
+	for _, s := range []string{"`--discard`", "Rows without a goal"} {
+		if strings.Contains(page, s) {
+			t.Errorf("nothing was discarded, but the page says %q", s)
+		}
+	}
+	// In a part that is measured now they stand beside what is discarded.
+	now := testReport()
+	now.Cells = now.Cells[2:3]
+	now.Samples = slices.DeleteFunc(now.Samples, func(s sample) bool { return s.Cell != now.Cells[0].ID() })
+	if err := now.onto(path); err != nil {
+		t.Fatal(err)
+	}
+	results := now.results()
+	if len(results) != 3 || results[1].ops.goal != 4.5 || !results[1].Discard || results[2].ops.goal != 0 || results[2].Discard || !results[2].ops.known() {
+		t.Errorf("%+v", results)
 	}
 }
 

@@ -217,6 +217,7 @@ func (r *runner) load(c cell, p *process, round int) bench.Config {
 	b := bench.Config{
 		URI: p.uri(), RW: c.RW, ReadPercent: 70, BlockSize: c.BlockSize, Depth: c.Depth, Conns: c.Conns,
 		Time: r.cfg.cellTime, Size: p.size, Seed: uint64(round + 1), PID: p.cmd.Process.Pid,
+		Discard: c.Discard,
 	}
 	if c.RW == "read" {
 		b.Ops = p.size / c.BlockSize // the second time around it would not be cold
