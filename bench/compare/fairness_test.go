@@ -22,7 +22,14 @@ func TestFairness(t *testing.T) {
 		t.Errorf("%+v", v)
 	}
 	page := rep.markdown(rep.results())
-	for _, s := range []string{"## Fairness", "qemu-nbd/threads, is 2.00x", "| nbd-export | 50.0", "round 4: gone"} {
+	if strings.Contains(page, "two programs") {
+		t.Error("both loads were in one program")
+	}
+	for i := range rep.Fair {
+		rep.Fair[i].Apart = true
+	}
+	page = rep.markdown(rep.results())
+	for _, s := range []string{"are two programs", "## Fairness", "qemu-nbd/threads, is 2.00x", "| nbd-export | 50.0", "round 4: gone"} {
 		if !strings.Contains(page, s) {
 			t.Errorf("the page does not say %q", s)
 		}

@@ -52,6 +52,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == limitArg {
 		exit(runLimit(os.Args[2:]))
 	}
+	if len(os.Args) > 1 && os.Args[1] == loadArg {
+		exit(runLoad(os.Args[2:], os.Stdout))
+	}
 	c, render, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		return
