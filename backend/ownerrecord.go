@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -99,10 +100,25 @@ func (r *OwnerRecord) Process() Process {
 		return ProcessEnded // that host has been started anew
 	case r.Numbering != me.Numbering && r.Numbering != "" && me.Numbering != "":
 		return ProcessUnknown
-	case unix.Kill(r.PID, 0) == unix.ESRCH:
+	case unix.Kill(r.PID, 0) == unix.ESRCH || isZombie(r.PID):
 		return ProcessEnded
 	}
 	return ProcessLives
+}
+
+// isZombie reports whether a process has ended and only its number is left, until
+// its parent asks what became of it. Containers often have a first process that
+// never does. One thread that still waits for a disk keeps the files open, and
+// makes a process that is killed none.
+func isZombie(pid int) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	name := bytes.LastIndexByte(b, ')') // which may have spaces and parentheses
+	f := strings.Fields(string(b[name+1:]))
+	const state, threads = 0, 17
+	return len(f) > threads && f[state] == "Z" && f[threads] == "1"
 }
 
 // thisProcess is who a record of ours names.

@@ -4,9 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func recordOf(t testing.TB, path string) *OwnerRecord {
@@ -164,6 +167,31 @@ func TestOwnerText(t *testing.T) {
 		if got := (&OwnerRecord{Host: c.host, BootID: c.boot, Numbering: c.numbering, PID: c.pid}).Process(); got != c.want {
 			t.Errorf("%+v: %s", c, got)
 		}
+	}
+}
+
+// A process that ended has no locks, also while nobody has asked for its exit status.
+func TestProcessIsZombie(t *testing.T) {
+	c := exec.Command("sh", "-c", "read line")
+	in, err := c.StdinPipe()
+	must(t, err)
+	must(t, c.Start())
+	r := thisProcess()
+	r.PID = c.Process.Pid
+	if got := r.Process(); got != ProcessLives {
+		t.Errorf("a process that waits is %s", got)
+	}
+	must(t, in.Close())
+	// It waits for the end, and leaves the process to Wait.
+	must(t, retry(func() error {
+		return unix.Waitid(unix.P_PID, r.PID, nil, unix.WEXITED|unix.WNOWAIT, nil)
+	}))
+	if got := r.Process(); got != ProcessEnded {
+		t.Errorf("a process that ended is %s", got)
+	}
+	_ = c.Wait()
+	if got := r.Process(); got != ProcessEnded {
+		t.Errorf("a process that is gone is %s", got)
 	}
 }
 
