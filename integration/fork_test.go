@@ -35,6 +35,11 @@ func TestFork(t *testing.T) {
 		t.Errorf("it does not say what it does:\n%s", r.stderr)
 	}
 	run(t, "nbdinfo", "--size", nbdURI("", socket)) // without waiting
+	// It is found by its name.
+	comm := readFile(t, filepath.Join("/proc", strings.TrimSpace(string(readFile(t, pidFile))), "comm"))
+	if want := filepath.Base(program(t)); strings.TrimSpace(string(comm)) != want {
+		t.Errorf("the process is called %s, want %s", comm, want)
+	}
 	wantFailure(t, cli(t, "serve", "--fork", "-f", "raw", "-k", socket+"2", image), 1, "owned by nbd-export")
 	wantFailure(t, cli(t, "serve", "--fork", "-f", "raw", "-k", socket, "--inactive", image), 1, "another server is listening there")
 	wantFailure(t, cli(t, "serve", "--fork"), 2, "IMAGE")

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strconv"
 	"syscall"
 
@@ -74,6 +75,9 @@ func findParent() parent {
 		return parent{}
 	}
 	unix.CloseOnExec(fd)
+	// The kernel calls it exe, after the path it was started by; ps, pgrep and
+	// killall go by that name.
+	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(os.Args[0])), 0)
 	return parent{os.NewFile(uintptr(fd), "parent")}
 }
 
