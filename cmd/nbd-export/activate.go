@@ -41,34 +41,18 @@ func nodeFlag(cmd *cobra.Command, nodes *[]string) {
 	cmd.Flags().StringArrayVar(nodes, "node", nil, "only the image with node `NAME`, as status shows it; may be repeated")
 }
 
-// once is a flag for one server. Given twice, the first would be forgotten, and
-// who orders two servers at once has to learn that only one did it.
-type once string
-
-func (o *once) String() string { return string(*o) }
-func (o *once) Type() string   { return "CTL" }
-
-// Set implements pflag.Value.
-func (o *once) Set(s string) error {
-	if *o != "" {
-		return fmt.Errorf("it is given already, as %s, and may be given once", *o)
-	}
-	*o = once(s)
-	return nil
-}
-
 // orderCommand gives cmd the flag --control and runs order on a client of
 // that socket.
 func orderCommand(cmd *cobra.Command, order func(context.Context, *control.Client) error) {
-	var path once
-	cmd.Flags().Var(&path, "control", controlUsage)
+	var path string
+	cmd.Flags().StringVar(&path, "control", "", controlUsage)
 	_ = cmd.MarkFlagFilename("control")
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		if path == "" {
 			return usageError{fmt.Errorf("%s needs --control CTL", cmd.Name())}
 		}
 		ctx := cmd.Context()
-		c, err := control.Dial(ctx, string(path))
+		c, err := control.Dial(ctx, path)
 		if err != nil {
 			return err
 		}

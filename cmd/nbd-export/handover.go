@@ -19,7 +19,7 @@ import (
 )
 
 func newHandoverCommand() *cobra.Command {
-	var from, to once
+	var from, to string
 	var asJSON bool
 	var opt control.HandoverOptions
 	cmd := &cobra.Command{
@@ -60,7 +60,7 @@ stops at once; at most one side owns the images then too.`,
 			if !asJSON && isTerminal(os.Stderr) {
 				opt.Progress = progress(cmd.ErrOrStderr())
 			}
-			r := handOver(string(from), string(to), opt)
+			r := handOver(from, to, opt)
 			if asJSON {
 				if err := writeJSON(cmd.OutOrStdout(), r); err != nil {
 					return err
@@ -74,8 +74,8 @@ stops at once; at most one side owns the images then too.`,
 		},
 	}
 	f := cmd.Flags()
-	f.Var(&from, "from", "control socket `CTL` of the source, which owns the images now (required)")
-	f.Var(&to, "to", "control socket `CTL` of the destination (required)")
+	f.StringVar(&from, "from", "", "control socket `CTL` of the source, which owns the images now (required)")
+	f.StringVar(&to, "to", "", "control socket `CTL` of the destination (required)")
 	f.StringArrayVar(&opt.Nodes, "node", nil, "only the image with node `NAME` at the source, as status shows it; may be repeated")
 	f.DurationVar(&opt.Timeout, "timeout", 10*time.Second, "`TIME` that each side may take over an order, and again to find out what became of one that it did not answer")
 	f.BoolVar(&opt.AssumeSameImage, "assume-same-image", false, "go on where it cannot be proven that both have the same image")

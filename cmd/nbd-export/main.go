@@ -139,6 +139,7 @@ stay connected, by a signal or over the control socket.`,
 	)
 	root.InitDefaultCompletionCmd("completion") // as if it were called: it is made only then
 	for _, c := range root.Commands() {
+		nameOnce(c)
 		if c.Name() == "completion" {
 			c.Args, c.RunE = anyShell, func(*cobra.Command, []string) error { return nil }
 		}

@@ -47,6 +47,12 @@ func TestUsage(t *testing.T) {
 		{"activate --control /no/such", 1, "no server answers at /no/such: "},
 		{"inactivate --control /x --control /y", 2, "it is given already, as /x, and may be given once; see nbd-export inactivate --help"},
 		{"handover --from /x --to /y --to /z", 2, "it is given already, as /y, and may be given once; see nbd-export handover --help"},
+		{"serve -x a -x b y", 2, `invalid argument "b" for "-x, --export-name" flag: it is given already, as a, and may be given once; see`},
+		{"serve -p 1 --port 2 y", 2, "it is given already, as 1, and may be given once; see"},
+		{"serve --socket= -k b y", 2, `it is given already, as "", and may be given once; see`},
+		{"daemon --control a --control b", 2, "it is given already, as a, and may be given once; see"},
+		{"who --owner-record a --owner-record b y", 2, "it is given already, as a, and may be given once; see"},
+		{"serve --log-level debug --log-level warn -p 0 /no/such", 1, "open image /no/such: "}, // the last one counts
 		{"inactivate --control unix:/no/such", 1, "no server answers at /no/such: "},
 		{"serve", 2, "serve needs one argument, IMAGE; see nbd-export serve --help"},
 		{"serve a b", 2, `serve takes one argument, IMAGE, but got "b" too; see`},
