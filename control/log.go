@@ -93,8 +93,9 @@ func round(d time.Duration) time.Duration {
 }
 
 // NewLogger makes the log of a process. level is debug, info, warn or error;
-// format is console, lines for people, or json.
-func NewLogger(w zapcore.WriteSyncer, level, format string) (*zap.Logger, error) {
+// format is console, lines for people, or json. dated lines for people have the date,
+// as those of a file need; a terminal and the journal do without.
+func NewLogger(w zapcore.WriteSyncer, level, format string, dated bool) (*zap.Logger, error) {
 	lv, ok := map[string]zapcore.Level{
 		"debug": zap.DebugLevel, "info": zap.InfoLevel, "warn": zap.WarnLevel, "error": zap.ErrorLevel,
 	}[level]
@@ -104,7 +105,10 @@ func NewLogger(w zapcore.WriteSyncer, level, format string) (*zap.Logger, error)
 	var enc zapcore.Encoder
 	switch format {
 	case "console":
-		enc = &console{zapcore.NewMapObjectEncoder()}
+		enc = &console{zapcore.NewMapObjectEncoder(), "15:04:05.000"}
+		if dated {
+			enc = &console{zapcore.NewMapObjectEncoder(), "2006-01-02T15:04:05.000Z07:00"}
+		}
 	case "json":
 		enc = zapcore.NewJSONEncoder(zapcore.EncoderConfig{
 			TimeKey: "time", LevelKey: "level", NameKey: "logger", MessageKey: "msg",
@@ -114,19 +118,33 @@ func NewLogger(w zapcore.WriteSyncer, level, format string) (*zap.Logger, error)
 	default:
 		return nil, fmt.Errorf("log format %q is neither console nor json", format)
 	}
+	if l, ok := w.(*Lines); ok {
+		l.missing = func(n int64) []byte {
+			b, err := enc.EncodeEntry(zapcore.Entry{Level: zap.WarnLevel, Time: time.Now(), Message: "log lines are missing here"},
+				[]zap.Field{zap.Int64("lines", n)})
+			if err != nil {
+				return nil
+			}
+			defer b.Free()
+			return slices.Clone(b.Bytes())
+		}
+	}
 	return zap.New(zapcore.NewCore(enc, zapcore.Lock(w), lv)), nil
 }
 
 // console encodes an entry as a line for people:
 //
 //	10:02:03.456 info  image is active  image=/srv/disk epoch=3 duration=1.2ms
-type console struct{ *zapcore.MapObjectEncoder }
+type console struct {
+	*zapcore.MapObjectEncoder
+	time string // layout
+}
 
 var lines = buffer.NewPool()
 
 // Clone implements zapcore.Encoder.
 func (c *console) Clone() zapcore.Encoder {
-	d := &console{zapcore.NewMapObjectEncoder()}
+	d := &console{zapcore.NewMapObjectEncoder(), c.time}
 	for k, v := range c.Fields {
 		d.Fields[k] = v
 	}
@@ -136,7 +154,7 @@ func (c *console) Clone() zapcore.Encoder {
 // EncodeEntry implements zapcore.Encoder.
 func (c *console) EncodeEntry(e zapcore.Entry, fields []zap.Field) (*buffer.Buffer, error) {
 	b := lines.Get()
-	b.AppendTime(e.Time, "15:04:05.000")
+	b.AppendTime(e.Time, c.time)
 	_, _ = fmt.Fprintf(b, " %-5s ", e.Level)
 	if e.LoggerName != "" {
 		b.AppendString(e.LoggerName + ": ")

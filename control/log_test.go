@@ -17,7 +17,7 @@ import (
 
 func TestConsole(t *testing.T) {
 	var b bytes.Buffer
-	log, err := NewLogger(zapcore.AddSync(&b), "info", "console")
+	log, err := NewLogger(zapcore.AddSync(&b), "info", "console", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -48,9 +48,22 @@ T error n: e  c=true a=1 b=2
 	}
 }
 
+func TestDatedConsole(t *testing.T) {
+	var b bytes.Buffer
+	log, err := NewLogger(zapcore.AddSync(&b), "info", "console", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log.With(zap.Int("a", 1)).Info("line")
+	date, rest, _ := strings.Cut(b.String(), " ")
+	if at, err := time.Parse(time.RFC3339Nano, date); err != nil || time.Since(at) > time.Hour || rest != "info  line  a=1\n" {
+		t.Errorf("got %s", b.String())
+	}
+}
+
 func TestJSONLog(t *testing.T) {
 	var b bytes.Buffer
-	log, err := NewLogger(zapcore.AddSync(&b), "warn", "json")
+	log, err := NewLogger(zapcore.AddSync(&b), "warn", "json", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -60,7 +73,7 @@ func TestJSONLog(t *testing.T) {
 		t.Errorf("got %s", got)
 	}
 	for _, bad := range [][2]string{{"loud", "json"}, {"", "json"}, {"info", "xml"}} {
-		if _, err := NewLogger(zapcore.AddSync(&b), bad[0], bad[1]); err == nil {
+		if _, err := NewLogger(zapcore.AddSync(&b), bad[0], bad[1], false); err == nil {
 			t.Errorf("%q is accepted", bad)
 		}
 	}
@@ -70,7 +83,7 @@ func TestJSONLog(t *testing.T) {
 // the time went.
 func TestTransitionDetails(t *testing.T) {
 	var b bytes.Buffer
-	log, err := NewLogger(zapcore.AddSync(&b), "debug", "console")
+	log, err := NewLogger(zapcore.AddSync(&b), "debug", "console", false)
 	if err != nil {
 		t.Fatal(err)
 	}

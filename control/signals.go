@@ -18,7 +18,7 @@ import (
 
 // Signals turns Unix signals into orders: SIGUSR1 activates all images,
 // SIGUSR2 inactivates them, the first SIGTERM, SIGINT or SIGQUIT asks for a
-// stop in order and the second one exits at once, SIGHUP is ignored.
+// stop in order and the second one exits at once, SIGHUP opens a log file anew.
 type Signals struct {
 	exit   func(status int)                     // os.Exit, but for tests
 	after  func(time.Duration) <-chan time.Time // time.After, but for tests
@@ -33,7 +33,8 @@ type Signals struct {
 	registry *Registry  // nil until Ready
 	log      *zap.Logger
 	pending  os.Signal // the last order before Ready
-	hangup   bool      // before Ready
+	hangup   bool      // before it was known what to do about it
+	reopen   func()    // what SIGHUP does, nil until Hangup
 }
 
 const (
@@ -65,6 +66,7 @@ func newSignals(exit func(int), after func(time.Duration) <-chan time.Time) *Sig
 		slots: map[os.Signal]chan struct{}{
 			syscall.SIGUSR1: make(chan struct{}, mostOrders),
 			syscall.SIGUSR2: make(chan struct{}, mostOrders),
+			syscall.SIGHUP:  make(chan struct{}, mostOrders),
 		},
 	}
 }
@@ -79,19 +81,66 @@ func (s *Signals) catch() {
 // Stop is closed by the first signal that asks for a stop.
 func (s *Signals) Stop() <-chan struct{} { return s.stop }
 
+// Hangup says what SIGHUP does from now on: it opens the file of log anew. Without
+// one, nil, it does nothing.
+func (s *Signals) Hangup(file *LogFile, log *zap.Logger) {
+	log = sampled(log)
+	reopen := func() {
+		log.Info("SIGHUP ignored, as there is no --log-file; use SIGTERM to stop, SIGUSR1 to activate, SIGUSR2 to inactivate")
+	}
+	if file != nil {
+		reopen = func() {
+			if err := file.Reopen(); err != nil {
+				log.Error("the log goes on in the file that is open", zap.Error(err))
+				return
+			}
+			log.Info("SIGHUP: log file opened anew")
+		}
+	}
+	s.mu.Lock()
+	s.reopen = reopen
+	hangup := s.hangup
+	s.mu.Unlock()
+	if hangup {
+		s.hangUp()
+	}
+}
+
+// hangUp does what SIGHUP asks for, on a goroutine of its own: to open a file may
+// take its time.
+func (s *Signals) hangUp() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.reopen == nil {
+		s.hangup = true
+		return
+	}
+	select {
+	case s.slots[syscall.SIGHUP] <- struct{}{}:
+	default:
+		return
+	}
+	reopen := s.reopen
+	go func() { // which a stop does not wait for
+		reopen()
+		<-s.slots[syscall.SIGHUP]
+	}()
+}
+
+// sampled keeps a storm of signals from flooding the log.
+func sampled(log *zap.Logger) *zap.Logger {
+	return log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
+		return zapcore.NewSamplerWithOptions(c, time.Second, 10, 1000)
+	}))
+}
+
 // Ready says that r can take orders from now on. Of those that came earlier
 // the last one counts.
 func (s *Signals) Ready(r *Registry, log *zap.Logger) {
-	log = log.WithOptions(zap.WrapCore(func(c zapcore.Core) zapcore.Core {
-		return zapcore.NewSamplerWithOptions(c, time.Second, 10, 1000)
-	}))
 	s.mu.Lock()
-	s.registry, s.log = r, log
-	pending, hangup := s.pending, s.hangup
+	s.registry, s.log = r, sampled(log)
+	pending := s.pending
 	s.mu.Unlock()
-	if hangup {
-		ignoreHangup(log)
-	}
 	if pending != nil {
 		s.order(pending)
 	}
@@ -120,13 +169,7 @@ func (s *Signals) loop() {
 		case syscall.SIGUSR1, syscall.SIGUSR2:
 			s.order(sig)
 		case syscall.SIGHUP:
-			s.mu.Lock()
-			log := s.log
-			s.hangup = true
-			s.mu.Unlock()
-			if log != nil {
-				ignoreHangup(log)
-			}
+			s.hangUp()
 		default:
 			if first == nil {
 				first = s.after(sameStop)
@@ -171,10 +214,6 @@ func (s *Signals) lastWords(sig os.Signal) {
 	}
 	log.Error(text+": writes acknowledged since the last flush may be lost",
 		zap.Stringer("signal", sig), zap.Strings("images", owned))
-}
-
-func ignoreHangup(log *zap.Logger) {
-	log.Info("SIGHUP ignored; use SIGTERM to stop, SIGUSR1 to activate, SIGUSR2 to inactivate")
 }
 
 // order carries out SIGUSR1 or SIGUSR2 on a goroutine of its own, so that the

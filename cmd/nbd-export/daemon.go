@@ -27,6 +27,7 @@ type daemonOptions struct {
 	control   string // control socket path, "" for none
 	inherited inherited
 	pidFile   string            // "" for none
+	logFile   *control.LogFile  // nil where the log goes to stderr
 	memory    int64             // bytes
 	shared    int               // connections, 0 for no limit
 	tls       export.TLSOptions // of unix and tcp; without a directory there is no TLS
@@ -64,6 +65,7 @@ func serve(opt daemonOptions, images []imageOptions, signals *control.Signals, l
 	if opt.fork && !opt.parent.exists() {
 		return inBackground(signals)
 	}
+	signals.Hangup(opt.logFile, log)
 	d, err := newDaemon(opt, log)
 	if err != nil {
 		return err
@@ -340,7 +342,7 @@ func (d *daemon) run(signals *control.Signals) error {
 	}
 	signals.Ready(&d.registry, d.log)
 	d.tellSupervisor("READY=1")
-	d.opt.parent.release(d.log)
+	d.opt.parent.release(d.log, d.opt.logFile)
 	select {
 	case <-ctx.Done():
 		return nil

@@ -27,8 +27,8 @@ The pid file is written, and systemd told, when the control socket is ready. Tha
 may be one of systemd's, as those for clients may (docs/running.md).
 
 Signals: SIGUSR1 activates all images, SIGUSR2 inactivates them, SIGTERM, SIGINT
-and SIGQUIT stop in order (a second one stops at once), SIGHUP is ignored. Exit
-status is 1 if a last write or flush failed.`,
+and SIGQUIT stop in order (a second one stops at once), SIGHUP opens --log-file
+anew. Exit status is 1 if a last write or flush failed.`,
 		Example: `  nbd-export daemon --control /run/nbd.ctl --pid-file /run/nbd.pid
 
   # the same, with a first image

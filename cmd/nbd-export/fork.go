@@ -21,7 +21,7 @@ import (
 const forkedEnv = "NBD_EXPORT_FORKED"
 
 func forkFlag(cmd *cobra.Command, fork *bool) {
-	cmd.Flags().BoolVar(fork, "fork", false, "serve in the background: return when clients are served, or why that failed; the log goes on only into a file (2>>FILE)")
+	cmd.Flags().BoolVar(fork, "fork", false, "serve in the background: return when clients are served, or why that failed; the log goes on only into a file (--log-file, 2>>FILE)")
 }
 
 // inBackground runs the command line once more, as a process of a session of
@@ -86,13 +86,16 @@ func (p parent) exists() bool { return p.pipe != nil }
 
 // release lets the parent end. What reads the log to its end, as ssh does and a
 // program that waits for what the verb said, is not kept waiting: it ends here
-// unless it is a file.
-func (p parent) release(log *zap.Logger) {
+// unless it is a file. With a log file last words go there too.
+func (p parent) release(log *zap.Logger, file *control.LogFile) {
 	if !p.exists() {
 		return
 	}
-	var st unix.Stat_t
-	if unix.Fstat(2, &st) != nil || st.Mode&unix.S_IFMT != unix.S_IFREG {
+	if file != nil {
+		if err := file.TakeStderr(); err != nil {
+			log.Warn(err.Error())
+		}
+	} else if !stderrIsFile() {
 		_ = log.Sync()
 		if null, err := os.OpenFile(os.DevNull, os.O_WRONLY, 0); err == nil {
 			_ = unix.Dup3(int(null.Fd()), 2, 0)
@@ -101,4 +104,10 @@ func (p parent) release(log *zap.Logger) {
 	}
 	_, _ = p.pipe.Write([]byte{1})
 	_ = p.pipe.Close()
+}
+
+// stderrIsFile reports whether standard error is a regular file.
+func stderrIsFile() bool {
+	var st unix.Stat_t
+	return unix.Fstat(2, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -22,6 +23,7 @@ type processFlags struct {
 	fork                bool
 	repair              *choice
 	engine              *choice
+	logFile             string
 	logLevel, logFormat *choice
 }
 
@@ -51,8 +53,10 @@ func (p *processFlags) addRest(cmd *cobra.Command) {
 	f.Var(&p.memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
 	f.Var(&p.dirty, "handover-dirty", "slow writers, while inactivation syncs ahead, until at most `SIZE` is left to write")
 	p.engine.addTo(cmd, "engine", "", "what waits for the disk: io_uring or, portable, threads")
+	f.StringVar(&p.logFile, "log-file", "", "log into the file at `PATH`, which SIGHUP opens anew (default stderr)")
+	_ = cmd.MarkFlagFilename("log-file")
 	p.logLevel.addTo(cmd, "log-level", "", "least `LEVEL` logged")
-	p.logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log on stderr")
+	p.logFormat.addTo(cmd, "log-format", "", "`FORMAT` of the log")
 }
 
 // addQcow2 adds the flags of qcow2 images.
@@ -65,7 +69,7 @@ func (p *processFlags) addQcow2(cmd *cobra.Command) {
 
 // settle checks the flags and puts them into d. An error is wrong usage.
 func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger, error) {
-	if err := needPaths(cmd, "control", "pid-file"); err != nil {
+	if err := needPaths(cmd, "control", "pid-file", "log-file"); err != nil {
 		return nil, err
 	}
 	for _, dir := range p.allowBacking {
@@ -91,7 +95,14 @@ func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger
 	d.control, d.pidFile = cmp.Or(p.control, d.inherited.controlPath()), p.pidFile
 	d.allowBacking, d.l2Cache, d.noRepair = p.allowBacking, int64(p.l2Cache), p.repair.value == "off"
 	d.memory, d.dirty, d.engine = int64(p.memory), int64(p.dirty), p.engine.value
-	log, err := control.NewLogger(control.NewLines(os.Stderr), p.logLevel.value, p.logFormat.value)
+	var w io.Writer = os.Stderr
+	if p.logFile != "" {
+		if d.logFile, err = control.OpenLogFile(p.logFile); err != nil {
+			return nil, err
+		}
+		w = d.logFile
+	}
+	log, err := control.NewLogger(control.NewLines(w), p.logLevel.value, p.logFormat.value, d.logFile != nil || stderrIsFile())
 	if err != nil {
 		return nil, usageError{err}
 	}

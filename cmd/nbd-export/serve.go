@@ -57,8 +57,8 @@ activation, or a time. With --takeover the first of them brings it about: the
 peer that owns the image is asked to let go.
 
 Signals: SIGUSR1 activates, SIGUSR2 inactivates, SIGTERM, SIGINT and SIGQUIT stop
-in order (a second one stops at once), SIGHUP is ignored. Exit status is 1 if a
-last write or flush failed.`,
+in order (a second one stops at once), SIGHUP opens --log-file anew. Exit status is
+1 if a last write or flush failed.`,
 		Example: `  # serve a raw disk on a Unix socket, and own it
   nbd-export serve -f raw -k /run/a.sock --control /run/a.ctl disk.img
 
