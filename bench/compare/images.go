@@ -40,44 +40,73 @@ func (s *store) remove() error {
 	return os.RemoveAll(s.dir)
 }
 
-// image is the path of a server's image, written through and not in the page
-// cache if it is new.
+// image is the path of an image, written through and not in the page cache if it is
+// new.
 func (s *store) image(ctx context.Context, name string) (string, error) {
-	path := filepath.Join(s.dir, name+".img")
-	f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		return path, nil
-	}
+	paths, err := s.images(ctx, name)
 	if err != nil {
 		return "", err
 	}
-	defer f.Close()
-	if err := fill(ctx, f, s.size); err != nil {
-		return "", err
-	}
-	return path, dropCache(path)
+	return paths[0], nil
 }
 
-// fill writes size bytes that do not compress, so that no layer below can make
-// less of them.
-func fill(ctx context.Context, f *os.File, size int64) error {
+// images are those of several names. New ones are written in turns: in memory made
+// first our server needed 7 % more for the same work than in that made next.
+func (s *store) images(ctx context.Context, names ...string) (paths []string, err error) {
+	var made []*os.File
+	defer func() {
+		for _, f := range made {
+			_ = f.Close()
+		}
+	}()
+	for _, name := range names {
+		path := filepath.Join(s.dir, name+".img")
+		paths = append(paths, path)
+		f, err := os.OpenFile(path, os.O_CREATE|os.O_EXCL|os.O_WRONLY, 0o600)
+		if errors.Is(err, os.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		made = append(made, f)
+	}
+	if err := fill(ctx, s.size, made); err != nil {
+		return nil, err
+	}
+	for _, f := range made {
+		if err := dropCache(f.Name()); err != nil {
+			return nil, err
+		}
+	}
+	return paths, nil
+}
+
+// fill writes size bytes that do not compress to each file, so that no layer below
+// can make less of them.
+func fill(ctx context.Context, size int64, files []*os.File) error {
 	b := make([]byte, 8<<20)
 	rng := rand.NewChaCha8([32]byte{1})
 	_, _ = rng.Read(b)
-	for done := int64(0); done < size; {
+	for done := int64(0); done < size; done += int64(len(b)) {
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
 		for i := 0; i < len(b); i += 4096 { // no block twice
 			b[i], b[i+1], b[i+2] = byte(done>>23), byte(done>>31), byte(done>>39)
 		}
-		n, err := f.Write(b[:min(int64(len(b)), size-done)])
-		if err != nil {
+		for _, f := range files {
+			if _, err := f.Write(b[:min(int64(len(b)), size-done)]); err != nil {
+				return err
+			}
+		}
+	}
+	for _, f := range files {
+		if err := f.Sync(); err != nil {
 			return err
 		}
-		done += int64(n)
 	}
-	return f.Sync()
+	return nil
 }
 
 // dropCache takes a file out of the page cache, except pages that somebody has

@@ -174,6 +174,17 @@ func (r *runner) startAll(ctx context.Context, p place, servers []server) (runni
 	if err != nil {
 		return nil, stop, err
 	}
+	if p.medium == onTmpfs { // on a disk they would be in pieces
+		var names []string
+		for i, s := range servers {
+			if !s.bare {
+				names = append(names, fmt.Sprint(i))
+			}
+		}
+		if _, err := images.images(ctx, names...); err != nil {
+			return nil, stop, err
+		}
+	}
 	for i, s := range servers {
 		e, err := newEndpoint(r.sockets, s.name, p)
 		if err != nil {
