@@ -19,7 +19,7 @@ import (
 // newBenchCommand is nbd-export bench: a load on any NBD server.
 func newBenchCommand() *cobra.Command {
 	c := bench.Config{ReadPercent: 70}
-	blockSize, offset, size := bench.Size(4096), bench.Size(0), bench.Size(0)
+	blockSize, offset, region := size(4096), size(0), size(0)
 	rw := choose("randread", "read", "write", "randwrite", "mixed")
 	var asJSON, asGoBench bool
 	cmd := &cobra.Command{
@@ -52,7 +52,7 @@ anything wrong.`,
 			return nil
 		},
 		RunE: func(cmd *cobra.Command, args []string) error {
-			c.URI, c.RW, c.BlockSize, c.Offset, c.Size = args[0], rw.value, int64(blockSize), int64(offset), int64(size)
+			c.URI, c.RW, c.BlockSize, c.Offset, c.Size = args[0], rw.value, int64(blockSize), int64(offset), int64(region)
 			flags := cmd.Flags()
 			if flags.Changed("ops") && !flags.Changed("time") {
 				c.Time = 0
@@ -89,7 +89,7 @@ anything wrong.`,
 	f.Int64Var(&c.Ops, "ops", 0, "end after `N` operations, then --time is unbounded unless given")
 	f.Float64Var(&c.Rate, "rate", 0, "`N` operations per second of all connections together; 0 as fast as possible")
 	f.Var(&offset, "offset", "SIZE of what comes before the region to work on")
-	f.Var(&size, "size", "SIZE of the region; 0 to the end of the export")
+	f.Var(&region, "size", "SIZE of the region; 0 to the end of the export")
 	f.BoolVar(&c.FUA, "fua", false, "every write goes to stable storage before it is answered")
 	f.Int64Var(&c.FlushEvery, "flush-every", 0, "a flush after every `N` writes of a connection")
 	f.BoolVar(&c.Verify, "verify", false, "write a pattern and check it, during the load and after it")

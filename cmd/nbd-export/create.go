@@ -11,7 +11,6 @@ import (
 
 	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/backend/qcow2"
-	"github.com/nbd-export/nbd-export/bench"
 )
 
 func newCreateCommand() *cobra.Command {
@@ -23,8 +22,9 @@ func newCreateCommand() *cobra.Command {
 		Use:   "create [flags] IMAGE [SIZE]",
 		Short: "Make a new image",
 		Long: `Make a new image. What is there already is never overwritten, and what a failure
-or a crash leaves is no image. SIZE is in bytes, or with k, M, G or T; with a
-backing file it may be left out, and is then as large as that.
+or a crash leaves is no image. SIZE is in bytes, or in k, M, G or T, which are powers
+of 1024, as 1.5G; with a backing file it may be left out, and is then as large as
+that.
 
 A relative name of a backing file, or of a data file, is looked for beside the
 image. (QEMU looks for a data file's in its working directory.)
@@ -64,7 +64,7 @@ two.
 				if size >= 0 {
 					return wrong(errors.New("the size is given twice, as SIZE and as -o size="))
 				}
-				if size, err = bench.ParseSize(args[1]); err != nil {
+				if size, err = parseSize(args[1]); err != nil {
 					return wrong(err)
 				}
 			}
@@ -159,11 +159,11 @@ func createOption(o *qcow2.CreateOptions, name, value string) (err error) {
 	}
 	switch name {
 	case "size":
-		o.Size, err = bench.ParseSize(value)
+		o.Size, err = parseSize(value)
 	case "preallocation":
 		o.Preallocation = qcow2.Preallocation(one("off", "metadata", "falloc", "full"))
 	case "cluster_size":
-		o.ClusterSize, err = bench.ParseSize(value)
+		o.ClusterSize, err = parseSize(value)
 		if err == nil && o.ClusterSize == 0 {
 			err = errors.New("must be a power of two from 512 to 2M")
 		}

@@ -10,15 +10,14 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/nbd-export/nbd-export/backend"
-	"github.com/nbd-export/nbd-export/bench"
 	"github.com/nbd-export/nbd-export/control"
 )
 
 // processFlags are those of every verb that runs a process that serves images.
 type processFlags struct {
 	control, pidFile    string
-	memory, dirty       bench.Size
-	l2Cache             bench.Size
+	memory, dirty       size
+	l2Cache             size
 	allowBacking        []string
 	fork                bool
 	repair              *choice
