@@ -307,13 +307,30 @@ func (o *ownerRecord) release(clean bool, print *filePrint, last bool) error {
 		me.Image = print.String()
 	}
 	if err := o.replace(path, recordWas, me.bytes()); err != nil {
-		return &fs.PathError{Op: "write owner record", Path: path, Err: fmt.Errorf("%w; it does not say that the image was let go in order", err)}
+		return &RecordNotCleanError{Image: o.image, Record: path, Err: err}
 	}
 	if last {
 		o.tidyLocked()
 	}
 	return nil
 }
+
+// RecordNotCleanError says that an image was let go in order, and that its owner
+// record could not be made to say so, as on a full disk.
+type RecordNotCleanError struct {
+	Image, Record string
+	Err           error
+}
+
+func (e *RecordNotCleanError) Error() string {
+	return fmt.Sprintf("everything written to %s is on disk, and it is let go; but owner record %s cannot say so, and the next owner will warn of that: %v",
+		e.Image, e.Record, e.Err)
+}
+
+func (e *RecordNotCleanError) Unwrap() error { return e.Err }
+
+// Durable marks the error: nothing is lost.
+func (e *RecordNotCleanError) Durable() bool { return true }
 
 // withdraw takes the claim back, while the locks are still held: what stood
 // there before stands there again.

@@ -40,11 +40,16 @@ func logTransition(log *zap.Logger, t state.Transition, pace *ioloop.Pace) {
 	case state.OrderAbandon:
 		level, msg = zapcore.WarnLevel, "image given up: writes since the last flush may be lost"
 	case state.Released:
-		if t.Err != nil {
+		switch {
+		case state.Durable(t.Err):
+			level = zapcore.WarnLevel
+		case t.Err != nil:
 			level, msg = zapcore.WarnLevel, "image is inactive, but letting it go failed"
 		}
 	case state.OrderStop:
 		switch {
+		case state.Durable(t.Err):
+			level = zapcore.WarnLevel
 		case t.Err != nil:
 			level = zapcore.ErrorLevel
 		case t.From == state.Inactive: // nobody's ownership changes

@@ -15,6 +15,12 @@ import (
 	"github.com/nbd-export/nbd-export/state"
 )
 
+// onDisk is a failure after which nothing is lost.
+type onDisk struct{}
+
+func (onDisk) Error() string { return "all is on disk" }
+func (onDisk) Durable() bool { return true }
+
 func TestConsole(t *testing.T) {
 	var b bytes.Buffer
 	log, err := NewLogger(zapcore.AddSync(&b), "info", "console", false)
@@ -30,6 +36,9 @@ func TestConsole(t *testing.T) {
 		Duration: 12345678901, Err: errors.New("no \"space\"\nleft"),
 	})
 	opt.Observe(state.Transition{Image: "/srv/d", Event: state.Released, From: state.Inactivating, To: state.Inactive, Err: errors.New("x")})
+	opt.Observe(state.Transition{Image: "/srv/d", Event: state.Released, From: state.Inactivating, To: state.Inactive, Err: onDisk{}})
+	opt.Observe(state.Transition{Image: "/srv/d", Event: state.OrderStop, From: state.Active, To: state.Closed, Err: onDisk{}})
+	opt.Observe(state.Transition{Image: "/srv/d", Event: state.OrderStop, From: state.Active, To: state.Closed, Err: errors.New("x")})
 	opt.Observe(state.Transition{Image: "/srv/d", Event: state.OrderStop, From: state.Active, To: state.Closed, Duration: 12345})
 	opt.Observe(state.Transition{Image: "/srv/d", Event: state.OrderStop, From: state.Inactive, To: state.Closed}) // not shown
 	opt.SlowDrain("/srv/d", "WRITE of 4096 at 0", 5001*time.Millisecond)
@@ -38,6 +47,9 @@ func TestConsole(t *testing.T) {
 	want := `T info  image is active  image="/srv/my disk" from=activating to=active epoch=3 duration=1.23ms
 T error inactivation failed, the image stays active  image=/srv/d from=inactivating to=active epoch=3 duration=12.35s error="no \"space\"\nleft"
 T warn  image is inactive, but letting it go failed  image=/srv/d from=inactivating to=inactive epoch=0 duration=0s error=x
+T warn  image is inactive  image=/srv/d from=inactivating to=inactive epoch=0 duration=0s error="all is on disk"
+T warn  image is closed  image=/srv/d from=active to=closed epoch=0 duration=0s error="all is on disk"
+T error image is closed  image=/srv/d from=active to=closed epoch=0 duration=0s error=x
 T info  image is closed  image=/srv/d from=active to=closed epoch=0 duration=12µs
 T warn  a transition waits for requests that storage has not finished  image=/srv/d oldest="WRITE of 4096 at 0" age=5s
 T error n: e  c=true a=1 b=2

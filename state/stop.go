@@ -24,9 +24,9 @@ func Refuse(ms ...*Machine) {
 // Stop lets the images go for good: nothing new is admitted, what is admitted
 // finishes, an active image is settled, and all descriptors and locks go. An
 // inactive image is not touched. The error names each image whose last sync
-// or write failed, and what may be lost. Settle may fail with an error that has
-// a Durable() bool method returning true: then nothing is lost, and what failed
-// is no longer needed, so it is observed and not returned.
+// or write failed, and what may be lost. Settle and Close may fail with an error that
+// is Durable: then nothing is lost, and what failed is no longer needed, so it is
+// observed and not returned.
 func Stop(ms ...*Machine) error {
 	Refuse(ms...)
 	var errs error
@@ -45,7 +45,7 @@ func (m *Machine) stop() error {
 	m.drain()
 	var err, observed error
 	if m.in(Active) {
-		if err = m.img.Settle(); durable(err) {
+		if err = m.img.Settle(); Durable(err) {
 			err, observed = nil, err
 		}
 	}
@@ -60,7 +60,9 @@ func (m *Machine) stop() error {
 	if err != nil {
 		err = fmt.Errorf("image %s: writes acknowledged since the last flush may be lost: %w", m.name, err)
 	}
-	if e := m.img.Close(); e != nil {
+	if e := m.img.Close(); Durable(e) {
+		observed = joinErrors(observed, e)
+	} else if e != nil {
 		err = joinErrors(err, fmt.Errorf("image %s: %w", m.name, e))
 	}
 	m.owned = false
@@ -68,8 +70,17 @@ func (m *Machine) stop() error {
 	return op.finish(err)
 }
 
-// durable reports whether err says that everything is on disk all the same.
-func durable(err error) bool {
+// Durable reports whether err says, with a method Durable() bool that returns true,
+// that everything is on disk all the same. Of errors that were joined all have to.
+func Durable(err error) bool {
+	if joined, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, e := range joined.Unwrap() {
+			if !Durable(e) {
+				return false
+			}
+		}
+		return true
+	}
 	var d interface{ Durable() bool }
 	return failure(err) == InactivateFailed && errors.As(err, &d) && d.Durable()
 }

@@ -1,6 +1,9 @@
 package state
 
-import "testing"
+import (
+	"errors"
+	"testing"
+)
 
 // durableError is a failure after which nothing is lost.
 type durableError struct{ *testError }
@@ -19,11 +22,17 @@ func TestStopDurable(t *testing.T) {
 	}{
 		{onDisk, nil, "ok"},
 		{onDisk, errIO, "image a: no space left on device"},
+		{nil, onDisk, "ok"},
+		{onDisk, onDisk, "ok"},
+		{nil, errors.Join(onDisk), "ok"},
+		{nil, errors.Join(onDisk, errIO), "image a: all is on disk, too many open files\nno space left on device"},
 		{lying, nil, lost + "fdatasync: input/output error"},
 		{errIO, nil, lost + "no space left on device"},
 	} {
 		r := prepare(t, Options{}, Active)
-		r.imgs[0].failNext("Settle", c.settle)
+		if c.settle != nil {
+			r.imgs[0].failNext("Settle", c.settle)
+		}
 		if c.close != nil {
 			r.imgs[0].failNext("Close", c.close)
 		}
