@@ -33,6 +33,10 @@ type Options struct {
 	// SlowDrain is called when a drain takes longer than Patience, with the
 	// oldest request admitted. It may be nil.
 	SlowDrain func(image string, oldest string, age time.Duration)
+	// Unwritten is called, without locks, when a stop could not write all that was
+	// acknowledged. It returns true, after a pause, if that is to be tried once more,
+	// as on a disk that is full. nil: it is not.
+	Unwritten func(image string, err error) bool
 	// Pacer is asked while the image is synced ahead; nil means that one sync
 	// will do.
 	Pacer Pacer

@@ -45,7 +45,11 @@ func (m *Machine) stop() error {
 	m.drain()
 	var err, observed error
 	if m.in(Active) {
-		if err = m.img.Settle(); Durable(err) {
+		err = m.img.Settle()
+		for m.unwritten(err) && m.in(Active) { // nobody else has what was not written
+			err = m.img.Settle()
+		}
+		if Durable(err) {
 			err, observed = nil, err
 		}
 	}
@@ -68,6 +72,11 @@ func (m *Machine) stop() error {
 	m.owned = false
 	m.apply(OrderStop, joinErrors(err, observed))
 	return op.finish(err)
+}
+
+// unwritten asks whether to try once more what a stop could not write.
+func (m *Machine) unwritten(err error) bool {
+	return err != nil && failure(err) == InactivateFailed && !Durable(err) && m.opt.Unwritten != nil && m.opt.Unwritten(m.name, err)
 }
 
 // Durable reports whether err says, with a method Durable() bool that returns true,

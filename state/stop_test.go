@@ -46,3 +46,39 @@ func TestStopDurable(t *testing.T) {
 		}
 	}
 }
+
+// What a stop could not write is tried again as long as it is said so, and only
+// where that can be of use.
+func TestStopTriesAgain(t *testing.T) {
+	const lost = "image a: writes acknowledged since the last flush may be lost: "
+	for _, c := range []struct {
+		fails int   // times that Settle fails, with err
+		err   error // of Settle
+		want  string
+		asked int
+		calls string
+	}{
+		{2, errIO, "ok", 2, "a.Settle a.Settle a.Settle a.Close"},
+		{5, errIO, lost + "no space left on device", 3, "a.Settle a.Settle a.Settle a.Close"},
+		{1, &testError{text: "fdatasync: input/output error", sync: true}, lost + "fdatasync: input/output error", 0, "a.Settle a.Close"},
+		{1, durableError{&testError{text: "all is on disk"}}, "ok", 0, "a.Settle a.Close"},
+	} {
+		asked := 0
+		r := prepare(t, Options{Unwritten: func(image string, err error) bool {
+			check(t, "image", image, "a")
+			check(t, "cause", errText(err), errText(c.err))
+			asked++
+			return asked < 3
+		}}, Active)
+		for range c.fails {
+			r.imgs[0].failNext("Settle", c.err)
+		}
+		r.forget()
+		check(t, "error", errText(Stop(r.ms[0])), c.want)
+		check(t, "calls", r.trace.take(), c.calls)
+		check(t, "state", r.ms[0].Status().State.String(), "closed")
+		if asked != c.asked {
+			t.Errorf("asked %d times, want %d", asked, c.asked)
+		}
+	}
+}

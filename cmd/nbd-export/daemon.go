@@ -96,6 +96,7 @@ type daemon struct {
 	nbd      *control.NBD
 	control  *control.Server
 	later    *control.Later
+	fullDisk *control.FullDisk
 
 	supervisor      control.Supervisor
 	tls             *tls.Config    // of listeners, nil for none
@@ -114,7 +115,7 @@ func newDaemon(opt daemonOptions, log *zap.Logger) (*daemon, error) {
 		return nil, err
 	}
 	d := &daemon{
-		opt: opt, log: log, later: control.NewLater(), supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
+		opt: opt, log: log, later: control.NewLater(), fullDisk: control.NewFullDisk(log), supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
 		listeners: opt.inherited.nbd, controlListener: opt.inherited.control,
 	}
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Ring: ring, Log: log})
@@ -248,6 +249,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		ReadOnly: opt.ReadOnly, Hold: opt.demand.inactive.hold, Wanted: takeover.Want,
 		RefuseLate: len(opt.demand.peers) > 0 && !opt.demand.back,
 		Later:      d.later.Do,
+		Unwritten:  d.fullDisk.Again,
 	}
 	var pace *ioloop.Pace
 	if !opt.ReadOnly && (opt.Cache == backend.CacheWriteback || opt.Cache == "") { // otherwise no write leaves anything dirty

@@ -85,6 +85,7 @@ func openImage(o backend.Options) (*backend.Owned, func(state.Options) state.Opt
 	img, err := backend.OpenHooked(o, h.fault, func(step string) { h.step(o.Path, state.Step(step)) })
 	return img, func(o state.Options) state.Options {
 		o.Step = h.step
+		o.Unwritten = nil // a call fails until what it is part of has ended
 		return o
 	}, err
 }

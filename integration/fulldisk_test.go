@@ -1,0 +1,105 @@
+package integration
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// ownSmallDisk is a file system of 4 MiB where an image has a path for everybody, and
+// so an owner record.
+func ownSmallDisk(t *testing.T) string {
+	t.Helper()
+	dir := tmpfsDir(t)
+	if err := syscall.Mount("none", dir, "tmpfs", 0, "size=4m"); err != nil {
+		t.Fatalf("cannot mount a small file system (%v); run this as root, or do without with -skip %s", err, t.Name())
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
+// fill leaves nothing of the file system that path is on, until path is removed.
+func fill(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for b := make([]byte, 4096); err == nil; {
+		_, err = f.Write(b)
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal(err)
+	}
+}
+
+// A stop on a full disk keeps what is nowhere else until there is space, or somebody
+// insists.
+func TestStopOnAFullDisk(t *testing.T) {
+	const writes, apart = 16, 1 << 30 // a table each, which only the server has
+	for _, space := range []bool{true, false} {
+		dir := ownSmallDisk(t)
+		image, ballast := filepath.Join(dir, "new.qcow2"), filepath.Join(dir, "ballast")
+		wantOutput(t, cli(t, "create", image, "40G"), "")
+		e := serve(t, image, "-f", "qcow2")
+		c := dialRaw(t, e.socket, "")
+		block := bytes.Repeat([]byte("x"), 4096)
+		for i := range uint64(writes) {
+			c.want(0, cmdWrite, 0, i*apart, uint32(len(block)), block)
+		}
+		fill(t, ballast)
+		e.signal(syscall.SIGTERM)
+		e.log.wait(t, 0, "it waits for space", func(line string) bool { return strings.Contains(line, "the stop waits for space") })
+		if space {
+			if err := os.Remove(ballast); err != nil {
+				t.Fatal(err)
+			}
+		} else {
+			e.signal(syscall.SIGTERM)
+		}
+		want := 0
+		if !space {
+			want = 1
+		}
+		if got := e.wait(startTimeout); got != want {
+			t.Errorf("exit status %d with space %v\n%s", got, space, e.log)
+		}
+		if !space {
+			continue
+		}
+		wantOutput(t, cli(t, "check", image), "No errors were found")
+		wantOutput(t, cli(t, "who", image), "let go in order")
+		e = serve(t, image, "-f", "qcow2")
+		c = dialRaw(t, e.socket, "")
+		for i := range uint64(writes) {
+			if r := c.want(0, cmdRead, 0, i*apart, uint32(len(block)), nil); !bytes.Equal(r.data, block) {
+				t.Errorf("write %d is lost", i)
+			}
+		}
+		c.Close()
+		e.stop()
+	}
+}
+
+// What a full disk keeps from the owner record only loses nothing, and is no failure of
+// a stop.
+func TestStopWithoutRoomForTheRecord(t *testing.T) {
+	dir := ownSmallDisk(t)
+	image := sparseImage(t, dir, mib)
+	e := serve(t, image)
+	fill(t, filepath.Join(dir, "ballast"))
+	e.signal(syscall.SIGTERM)
+	if got := e.wait(startTimeout); got != 0 || !strings.Contains(e.log.String(), "everything written to "+image+" is on disk") {
+		t.Errorf("exit status %d\n%s", got, e.log)
+	}
+	wantOutput(t, cli(t, "who", image), "ended without letting go")
+}
