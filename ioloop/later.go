@@ -38,23 +38,19 @@ func (o *outgoing) readyLocked() int {
 	return len(o.queue)
 }
 
-// sendLater sends the reply to t, the read at the front of the queue. Without wait it
-// leaves it there, and answers false, if that may wait for the client or a disk. The
-// caller is the sender.
-func (o *outgoing) sendLater(t *task, wait bool) bool {
+// sendLater sends the reply to t, the read at the front of the queue, or waits until
+// the socket has room for it. The caller is the writer: others that send, such as what
+// reaps the ring for all connections, must not wait for a disk, and a page may have
+// left the cache by now.
+func (o *outgoing) sendLater(t *task) {
 	n := t.req.Length
 	way := o.pages.fileWay(n, true)
 	if way == whenItFits {
-		if wait {
-			o.waitToFit(n)
-		}
-		return wait
+		o.waitToFit(n)
+		return
 	}
 	sent, rest := t.refer(way == asFile)
 	if !sent {
-		if !wait {
-			return false
-		}
 		rest = t.replyLater()
 	}
 	o.mu.Lock()
@@ -64,7 +60,6 @@ func (o *outgoing) sendLater(t *task, wait bool) bool {
 		t.free()
 	}
 	giveWay(n)
-	return true
 }
 
 func (o *outgoing) waitToFit(n int64) {

@@ -3,6 +3,8 @@ package ioloop
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"net"
 	"os"
 	"testing"
 
@@ -11,10 +13,10 @@ import (
 
 // laterRig is a client that has asked for more than its socket holds, and takes
 // nothing: some of its reads wait for their turn.
-func laterRig(t *testing.T, h *pageHook) (r *rig, c *client, want []byte) {
+func laterRig(t *testing.T, h *pageHook, codec *testCodec) (r *rig, c *client, want []byte) {
 	want = pattern(4<<20, 1)
 	r = newRig(t, rigConfig{tmpfs: true, content: want, Config: Config{Memory: 64 << 20}})
-	c = r.connectWith(&testCodec{}, socketpair, h.install)
+	c = r.connectWith(codec, socketpair, h.install)
 	var wire []byte
 	for i := range int64(laterReads) {
 		b, _ := c.header(OpRead, 0, laterOffset(i), laterSize)
@@ -50,7 +52,7 @@ func inLine(c *client) (n int) {
 // turn, and copied neither by a worker nor by the send.
 func TestLater(t *testing.T) {
 	h := pageHook{splices: never}
-	r, c, want := laterRig(t, &h)
+	r, c, want := laterRig(t, &h, &testCodec{})
 	for i := range int64(laterReads) {
 		a := c.next()
 		if off := laterOffset(i); a.cookie != uint64(i+1) || a.errno != 0 || !bytes.Equal(a.data, want[off:off+laterSize]) {
@@ -70,7 +72,7 @@ func TestLater(t *testing.T) {
 // meanwhile.
 func TestLaterHoldsNothing(t *testing.T) {
 	var h pageHook
-	r, c, _ := laterRig(t, &h)
+	r, c, _ := laterRig(t, &h, &testCodec{})
 	r.inactivate()
 	r.activate()
 	fresh := pattern(4<<20, 2)
@@ -87,7 +89,7 @@ func TestLaterHoldsNothing(t *testing.T) {
 // and its error is a reply like others.
 func TestLaterGone(t *testing.T) {
 	var h pageHook
-	r, c, want := laterRig(t, &h)
+	r, c, want := laterRig(t, &h, &testCodec{})
 	must(t, os.Truncate(r.path, 0))
 	failed := 0
 	for range laterReads {
@@ -108,22 +110,97 @@ func TestLaterGone(t *testing.T) {
 	}
 }
 
-// A client that goes away takes its waiting reads along; what they held is checked
-// by the rig.
-func TestLaterClientGone(t *testing.T) {
-	var h pageHook
-	r, c, _ := laterRig(t, &h)
-	must(t, c.nc.Close())
-	await(t, c.conn.done, "the connection to end")
-	if s := r.d.Stats(); s.InFlight != 0 {
-		t.Errorf("%+v", s)
+// A read sees what is there when it is its turn: holes, or an image that was given up
+// and has to be read.
+func TestLaterChanged(t *testing.T) {
+	for _, how := range []struct{ chunked, punched, inactive bool }{
+		{false, true, false}, {true, true, false},
+		{false, false, true}, {true, false, true},
+		{false, true, true}, {true, true, true},
+	} {
+		t.Run(fmt.Sprintf("%+v", how), func(t *testing.T) {
+			var h pageHook
+			r, c, want := laterRig(t, &h, &testCodec{chunked: how.chunked})
+			now := bytes.Clone(want)
+			if how.punched {
+				other := r.connect(&testCodec{})
+				for off := int64(0); off < laterOffset(laterReads); off += laterSize {
+					other.ok(OpDiscard, 0, off, laterSize/2, nil)
+					clear(now[off : off+laterSize/2])
+				}
+			}
+			if how.inactive {
+				r.inactivate()
+			}
+			holes := int64(0)
+			for i := range int64(laterReads) {
+				a, off := c.next(), laterOffset(i)
+				if a.cookie != uint64(i+1) || a.errno != 0 {
+					t.Fatalf("reply %d to %d: %v", i, a.cookie, a.errno)
+				}
+				// The first ones have been sent before.
+				if i == laterReads-1 && !bytes.Equal(a.data, now[off:off+laterSize]) {
+					t.Error("other bytes")
+				}
+				holes += a.holes
+			}
+			await(t, c.conn.out.flushed(), "the writer")
+			if read := h.count() < laterReads; read != (how.inactive || how.punched && !how.chunked) {
+				t.Errorf("%d were sent by reference", h.count())
+			}
+			if (holes > 0) != (how.chunked && how.punched) {
+				t.Errorf("%d bytes of holes", holes)
+			}
+			if s := r.d.Stats(); s.Reads != laterReads || s.BytesRead != laterReads*laterSize || s.Errors != 0 {
+				t.Errorf("%+v", s)
+			}
+		})
+	}
+}
+
+// A client that has said that it sends no more gets what it has asked for.
+func TestLaterAfterDisconnect(t *testing.T) {
+	for name, leave := range map[string]func(*client){
+		"disconnect": func(c *client) { c.send(OpDisconnect, 0, 0, 0, nil) },
+		"half close": func(c *client) { must(c.t, c.nc.(*net.UnixConn).CloseWrite()) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var h pageHook
+			_, c, want := laterRig(t, &h, &testCodec{})
+			leave(c)
+			for i := range int64(laterReads) {
+				if a, off := c.next(), laterOffset(i); a.errno != 0 || !bytes.Equal(a.data, want[off:off+laterSize]) {
+					t.Fatalf("reply %d: %v, or other bytes", i, a.errno)
+				}
+			}
+			must(t, c.end())
+		})
+	}
+}
+
+// A client that goes away, or is disconnected, takes its waiting reads along; what they
+// held is checked by the rig.
+func TestLaterBroken(t *testing.T) {
+	for name, end := range map[string]func(*client){
+		"gone":         func(c *client) { must(c.t, c.nc.Close()) },
+		"disconnected": func(c *client) { c.conn.out.fail(errStalled) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var h pageHook
+			r, c, _ := laterRig(t, &h, &testCodec{})
+			end(c)
+			await(t, c.conn.done, "the connection to end")
+			if s := r.d.Stats(); s.InFlight != 0 {
+				t.Errorf("%+v", s)
+			}
+		})
 	}
 }
 
 // An engine that shuts down answers them.
 func TestLaterShutdown(t *testing.T) {
 	var h pageHook
-	r, c, want := laterRig(t, &h)
+	r, c, want := laterRig(t, &h, &testCodec{})
 	done := background(func() { r.e.Shutdown(context.Background()) })
 	for i := range int64(laterReads) {
 		a, err := c.receive()
@@ -133,4 +210,54 @@ func TestLaterShutdown(t *testing.T) {
 	}
 	must(t, c.nc.Close())
 	await(t, done, "the engine to shut down")
+}
+
+// Who else sends replies does not make those of reads that wait: a worker, or what
+// reaps the ring for all connections, would wait for a disk, or move megabytes.
+func TestLaterByWriter(t *testing.T) {
+	var h pageHook
+	want := pattern(1<<20, 1)
+	r := newRig(t, rigConfig{tmpfs: true, content: want})
+	c := r.connectWith(&testCodec{}, socketpair, h.install)
+	if !c.conn.out.hold() {
+		t.Fatal("there is a sender")
+	}
+	h.fileWay(laterSize, true) // finds the room
+	c.send(OpRead, 0, 0, laterSize, nil)
+	eventually(t, "the read waits", func() bool { return inLine(c) == 1 })
+	disk := newBlocker()
+	h.mu.Lock()
+	h.beforeFile = disk.wait
+	h.mu.Unlock()
+	pumped := background(c.conn.out.pump)
+	await(t, disk.entered, "the file is read")
+	await(t, pumped, "who is not the writer")
+	close(disk.leave)
+	if a := c.next(); a.errno != 0 || !bytes.Equal(a.data, want[:laterSize]) {
+		t.Errorf("%v, or other bytes", a.errno)
+	}
+}
+
+// Reads that wait allocate nothing.
+func TestLaterAllocations(t *testing.T) {
+	if raceEnabled {
+		t.Skip("the race detector allocates")
+	}
+	r := newRig(t, rigConfig{tmpfs: true, content: pattern(4<<20, 1)})
+	k := newCheap(r, OpRead, laterSize)
+	for len(k.replies) < laterReads*(repSize+laterSize) {
+		k.requests, k.replies = append(k.requests, k.requests...), append(k.replies, k.replies...)
+	}
+	for range 20 { // fills the pools
+		must(t, k.batch())
+	}
+	var failed error
+	if n := testing.AllocsPerRun(100, func() {
+		if err := k.batch(); err != nil {
+			failed = err
+		}
+	}); n != 0 {
+		t.Errorf("%v allocations for a batch", n)
+	}
+	must(t, failed)
 }

@@ -179,7 +179,8 @@ func (o *outgoing) write() {
 
 // drain sends until the queue is empty or the connection broken; then the
 // sender's role has ended. Unless wait is set it stops, and answers false,
-// when the socket is full; the role is then still the caller's.
+// when the socket is full or a read's reply is to be made; the role is then still
+// the caller's.
 func (o *outgoing) drain(wait bool) bool {
 	for {
 		o.mu.Lock()
@@ -204,9 +205,10 @@ func (o *outgoing) drain(wait bool) bool {
 		if n == 0 {
 			t := o.queue[0].task
 			o.mu.Unlock()
-			if !o.sendLater(t, wait) {
+			if !wait {
 				return false
 			}
+			o.sendLater(t)
 			continue
 		}
 		for i := range n {
