@@ -63,7 +63,7 @@ func (o *outgoing) sendLater(t *task) {
 }
 
 func (o *outgoing) waitToFit(n int64) {
-	o.owes.wait()
+	o.wait()
 	err := o.pages.waitToFit(n)
 	o.owes.move(leastMove)
 	if err != nil {

@@ -3,6 +3,7 @@ package ioloop
 import (
 	"slices"
 	"sync"
+	"sync/atomic"
 )
 
 // segment is a piece of outgoing bytes.
@@ -33,8 +34,11 @@ type outgoing struct {
 	err     error         // the connection is broken; everything is dropped
 	idle    chan struct{} // closed when nobody is the sender, for who waits
 
-	// owes is what the client has to take. Only the sender changes it.
+	// owes is what the client has to take. Only the sender changes it, and stalledSince.
 	owes stall
+	// untaken is what the client had to take, when that was last looked at, of what
+	// the socket has, in bytes.
+	untaken atomic.Int64
 
 	scratch [maxSegments][]byte // of the sender
 	writer  func()              // write, bound once: that would be an allocation for each
@@ -219,7 +223,7 @@ func (o *outgoing) drain(wait bool) bool {
 		var sent int
 		var err error
 		if wait {
-			o.owes.wait()
+			o.wait()
 			sent, err = o.t.send(o.scratch[:n])
 			o.owes.move(sent)
 		} else {
@@ -235,6 +239,32 @@ func (o *outgoing) drain(wait bool) bool {
 		}
 		o.sent(sent)
 	}
+}
+
+// wait precedes waiting for the client. The caller is the sender.
+func (o *outgoing) wait() {
+	if o.owes.begun.Load() == 0 {
+		o.untaken.Store(o.t.untaken())
+	}
+	o.owes.wait()
+}
+
+// stalledSince is when the client last took enough, in Unix nanoseconds; 0 if it is
+// not waited for. A socket that was full tells the sender that the client takes
+// something only when much of it is free, of 4 MiB 3; a slow client needs long for that.
+func (o *outgoing) stalledSince() int64 {
+	since := o.owes.since.Load()
+	if since == 0 {
+		return 0
+	}
+	left := o.t.untaken()
+	if o.untaken.Load()-left < leastMove {
+		return since
+	}
+	if o.owes.restart(since) {
+		o.untaken.Store(left)
+	}
+	return o.owes.since.Load()
 }
 
 // sent takes n bytes off the front of the queue.

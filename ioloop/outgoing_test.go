@@ -107,6 +107,8 @@ func (f *fakeSocket) send(segs [][]byte) (int, error) {
 	return f.take(segs), nil
 }
 
+func (f *fakeSocket) untaken() int64 { return 0 }
+
 func (f *fakeSocket) close() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -32,6 +32,9 @@ type transport interface {
 	trySend(segs [][]byte) (int, error)
 	// send sends at least one byte, waiting for the socket.
 	send(segs [][]byte) (int, error)
+	// untaken is how many bytes of what was sent the client has not taken, as far
+	// as that is known. It is for any goroutine.
+	untaken() int64
 	// close ends the calls under way, and waits for them.
 	close() error
 }
@@ -93,7 +96,11 @@ func newTransport(nc net.Conn) transport {
 			return newSocket(nc, rc)
 		}
 	}
-	return &stream{nc: nc}
+	s := &stream{nc: nc}
+	if over, ok := nc.(interface{ NetConn() net.Conn }); ok {
+		s.below, _ = newTransport(over.NetConn()).(*socket)
+	}
+	return s
 }
 
 // socket works on the descriptor itself, which Go keeps in non-blocking mode
@@ -107,6 +114,9 @@ type socket struct {
 	// room is how many bytes of replies the socket takes before the client
 	// does; 0 before it was asked. Unix sockets only. The sender sets it.
 	room atomic.Int64
+	// unsent is what the client had not taken when it was last asked.
+	unsent    atomic.Int64
+	askUnsent func(fd uintptr)
 
 	// Arguments and results of the callbacks below, which are made once:
 	// a closure per call would allocate.
@@ -142,7 +152,6 @@ type socket struct {
 		fd     int
 		off, n int64
 		at     int64 // of the present call
-		unsent int64 // of what was sent before
 		fn     func(fd uintptr) bool
 		ask    func(fd uintptr)
 		wanted int64
@@ -156,6 +165,7 @@ func newSocket(nc net.Conn, rc syscall.RawConn) *socket {
 	s.in.fn, s.out.fn = s.recvOnce, s.sendOnce
 	s.took.fn, s.took.ask = s.takeOnce, s.askPending
 	s.file.fn, s.file.ask, s.file.wait = s.sendFileOnce, s.askRoom, s.fitsWanted
+	s.askUnsent = s.findUnsent
 	return s
 }
 
@@ -339,7 +349,7 @@ func (s *socket) fileWay(n int64, more bool) fileWay {
 	switch {
 	case !s.unix || n < fileMin || s.rc.Control(s.file.ask) != nil:
 		return notAsFile
-	case !s.takesFiles(n) || !more && s.file.unsent == 0:
+	case !s.takesFiles(n) || !more && s.unsent.Load() == 0:
 		return notAsFile
 	case !s.fits(n):
 		return whenItFits
@@ -353,7 +363,7 @@ func (s *socket) takesFiles(n int64) bool {
 
 // fits is whether the socket takes n bytes of pages and what it needs to know of
 // them, as far as its room is known: if not, what it does not take is copied.
-func (s *socket) fits(n int64) bool { return s.file.unsent+n+n/32 <= s.room.Load() }
+func (s *socket) fits(n int64) bool { return s.unsent.Load()+n+n/32 <= s.room.Load() }
 
 // askRoom makes room for replies, once, and finds how much of what was sent
 // the client has not taken.
@@ -366,8 +376,7 @@ func (s *socket) askRoom(fd uintptr) {
 		}
 		s.room.Store(int64(room))
 	}
-	unsent, _ := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
-	s.file.unsent = int64(unsent)
+	s.findUnsent(fd)
 }
 
 // waitToFit: what does not fit although it is a quarter of the room at most leaves
@@ -430,12 +439,23 @@ func (s *socket) sendFileOnce(fd uintptr) bool {
 	}
 }
 
+func (s *socket) untaken() int64 {
+	_ = s.rc.Control(s.askUnsent)
+	return s.unsent.Load()
+}
+
+func (s *socket) findUnsent(fd uintptr) {
+	n, _ := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+	s.unsent.Store(int64(n))
+}
+
 func (s *socket) close() error { return s.nc.Close() }
 
 // stream serves any net.Conn that is no plain socket (TLS, pipes of tests).
 type stream struct {
 	nc    net.Conn
-	ahead []byte // received while there was no buffer; part of first
+	below *socket // nil if there is none, or it is not known
+	ahead []byte  // received while there was no buffer; part of first
 	first [1]byte
 }
 
@@ -467,6 +487,13 @@ func (s *stream) trySend([][]byte) (int, error) { return 0, errAgain }
 // send sends little enough at once for a slow client to be seen to move.
 func (s *stream) send(segs [][]byte) (int, error) {
 	return s.nc.Write(segs[0][:min(len(segs[0]), leastMove)])
+}
+
+func (s *stream) untaken() int64 {
+	if s.below == nil {
+		return 0
+	}
+	return s.below.untaken()
 }
 
 func (s *stream) close() error { return s.nc.Close() }
