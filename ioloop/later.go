@@ -44,13 +44,12 @@ func (o *outgoing) readyLocked() int {
 // left the cache by now.
 func (o *outgoing) sendLater(t *task) {
 	n := t.req.Length
-	way := o.pages.fileWay(n, true)
-	if way == whenItFits {
+	sent, later, rest := t.refer(true)
+	switch {
+	case later:
 		o.waitToFit(n)
 		return
-	}
-	sent, rest := t.refer(way == asFile)
-	if !sent {
+	case !sent:
 		rest = t.replyLater()
 	}
 	o.mu.Lock()

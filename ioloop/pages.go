@@ -217,13 +217,10 @@ func (c *conn) sendByReference(t *task) bool {
 		c.out.enqueue(segment{task: t, later: true})
 		return true
 	}
-	way := pages.fileWay(t.req.Length, c.r < c.w)
-	if way == whenItFits && t.staysInFile() {
-		c.out.resume(segment{task: t, later: true})
-		return true
-	}
-	sent, rest := t.refer(way == asFile)
+	sent, later, rest := t.refer(c.r < c.w)
 	switch {
+	case later:
+		c.out.resume(segment{task: t, later: true})
 	case !sent:
 		c.out.pump()
 		return false
@@ -236,21 +233,28 @@ func (c *conn) sendByReference(t *task) bool {
 	return true
 }
 
-// refer sends the read t by reference, with file as the caller knows its way to be.
-// The caller is the sender. If nothing could be sent t is as before; what the socket
-// did not take of the reply is rest.
-func (t *task) refer(file bool) (sent bool, rest []segment) {
+// refer sends the read t by reference. more says that other requests have come. The
+// caller is the sender. If nothing was sent t is as before; later says that it is worth
+// waiting until it fits the socket. What that did not take of the reply is rest.
+func (t *task) refer(more bool) (sent, later bool, rest []segment) {
 	c, r := t.conn, &t.req
 	g := c.lane.EnterRead()
 	defer c.lane.LeaveRead(g)
 	if !t.mapPages() {
-		return false, nil
+		return false, false, nil
 	}
 	defer c.disk.Image.Unmap(&t.plan)
+	way := notAsFile
+	if t.stays() {
+		way = c.out.pages.fileWay(r.Length, more)
+	}
+	if way == whenItFits {
+		return false, true, nil
+	}
 	// Counted before the client can know.
 	c.disk.counts.reads.Add(1)
 	c.disk.counts.bytesRead.Add(uint64(r.Length))
-	n, total := t.send(file)
+	n, total := t.send(way == asFile)
 	var err error
 	if n > 0 && n < total {
 		rest, err = t.fetchRest(n)
@@ -260,13 +264,13 @@ func (t *task) refer(file bool) (sent bool, rest []segment) {
 	}
 	if err != nil {
 		c.out.fail(begunError(err))
-		return true, nil
+		return true, false, nil
 	}
-	return n > 0, rest
+	return n > 0, false, rest
 }
 
-// send sends what is laid out by reference, with file as a file if that may be. The
-// caller is the sender.
+// send sends what is laid out by reference, with file as a file. The caller is the
+// sender.
 func (t *task) send(file bool) (sent, total int) {
 	c := t.conn
 	segs := c.out.scratch[:0]
@@ -280,11 +284,10 @@ func (t *task) send(file bool) (sent, total int) {
 		waits = waits || e.Kind == backend.Data && !e.File.Traits().InlineReads
 	}
 	e := &t.plan.Extents[0]
-	stays := t.stays()
 	switch {
-	case stays && file:
+	case file:
 		sent = c.out.sendFile(segs[0], e.File.Fd(), e.Offset, e.Length, waits)
-	case stays && c.out.pages.prefersSplice(e.Length, false):
+	case t.stays() && c.out.pages.prefersSplice(e.Length, false):
 		sent = c.splice(segs, total, len(segs[1]), waits)
 	default:
 		sent = c.out.sendPages(segs, total, waits)

@@ -401,6 +401,22 @@ func TestFileWay(t *testing.T) {
 	must(t, s.close())
 }
 
+// Only where files are sent sockets get room for them: it is memory that nobody counts.
+func TestRoomForFiles(t *testing.T) {
+	r := newRig(t, rigConfig{tmpfs: true})
+	c := r.connect(&testCodec{})
+	room := &c.conn.t.(*socket).room
+	c.ok(OpRead, 0, 0, 1<<20, nil)
+	if n := room.Load(); n != 0 {
+		t.Errorf("room for %d bytes, to a client that reads a hole", n)
+	}
+	must(t, os.WriteFile(r.path, pattern(4<<20, 1), 0o600))
+	c.ok(OpRead, 0, 0, 1<<20, nil)
+	if room.Load() == 0 {
+		t.Error("no room for files")
+	}
+}
+
 // Holes are not read through the map: on tmpfs that would fill them.
 func TestHolesStayHoles(t *testing.T) {
 	for _, chunked := range []bool{false, true} {
