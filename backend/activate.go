@@ -83,7 +83,7 @@ func (o *Owned) lockFile(f *File, writes bool) error {
 		err = lock()
 	}
 	if le, ok := errors.AsType[*LockError](err); ok {
-		le.Holder, le.Order = o.record.holder(f)
+		o.record.name(le, f)
 	}
 	return err
 }

@@ -85,7 +85,7 @@ func (l *Link) load(o ChainOptions) error {
 func (f *File) lockToLook() error {
 	err := f.LockReadOnly()
 	if le, ok := errors.AsType[*LockError](err); ok {
-		le.Holder, le.Order = (&ownerRecord{image: f.path, device: f.traits.BlockDevice}).holder(f)
+		(&ownerRecord{image: f.path, device: f.traits.BlockDevice}).name(le, f)
 	}
 	return err
 }

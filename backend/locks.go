@@ -64,7 +64,10 @@ type LockError struct {
 	Perm   string // as QEMU names it
 	Shared bool   // we want to forbid Perm, which somebody uses
 	Holder string // who has it, as the owner record says, "" if it does not
-	Order  string // what has the holder let go, "" if there is no holder
+	// Programs are the processes that have it, where there is no holder and they can
+	// be seen.
+	Programs string
+	Order    string // what has the holder let go, "" if there is no holder
 }
 
 func (e *LockError) Error() string {
@@ -73,8 +76,11 @@ func (e *LockError) Error() string {
 		shared = "shared "
 	}
 	by, order := "in use by another process", "nbd-export inactivate --control CTL"
-	if e.Holder != "" {
+	switch {
+	case e.Holder != "":
 		by, order = "owned by "+e.Holder, e.Order
+	case e.Programs != "":
+		by += ", " + e.Programs
 	}
 	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (%s), or stop that program",
 		by, shared, e.Perm, e.Path, order)

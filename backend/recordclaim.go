@@ -83,6 +83,13 @@ func (o *ownerRecord) holder(f *File) (who, order string) {
 	return "", ""
 }
 
+// name completes the error of locks that were refused to f: who has them.
+func (o *ownerRecord) name(e *LockError, f *File) {
+	if e.Holder, e.Order = o.holder(f); e.Holder == "" {
+		e.Programs = holdersText(f.holders([]int64{e.Byte}))
+	}
+}
+
 // ownerEnded reports whether the record names a process of this host that
 // ended without giving the image up.
 func (o *ownerRecord) ownerEnded() bool {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,6 +19,8 @@ type Ownership struct {
 	RecordErr, LocksErr error
 	Locks               []int64 // bytes that somebody holds, in order
 	Scope               string  // as of Owned.LockScope
+	// Holders have these locks; those that can be seen.
+	Holders []Holder
 	// Stale: the locks of one who writes are not those of the process that Owner
 	// names, although that lives: whoever has them could not write the record.
 	Stale bool
@@ -25,13 +28,20 @@ type Ownership struct {
 
 // Written reports whether somebody holds the locks of one who writes. Other
 // locks are those of readers.
-func (o *Ownership) Written() bool {
-	for _, b := range o.Locks {
-		if b > lockUses && b < lockUses+int64(len(permNames)) {
-			return true
+func (o *Ownership) Written() bool { return ofWriter(o.Locks) }
+
+// Writers are those of Holders that hold the locks of one who writes.
+func (o *Ownership) Writers() (w []Holder) {
+	for _, h := range o.Holders {
+		if ofWriter(h.Locks) {
+			w = append(w, h)
 		}
 	}
-	return false
+	return w
+}
+
+func ofWriter(locks []int64) bool {
+	return slices.ContainsFunc(locks, func(b int64) bool { return b > lockUses && b < lockUses+int64(len(permNames)) })
 }
 
 // Who looks at the owner record and the locks of the image at path. It takes
@@ -49,6 +59,9 @@ func Who(path, ownerRecord string) (*Ownership, error) {
 			o.Owner, _, o.RecordErr = readRecord(place.Path, nil)
 		}
 		o.Locks, o.LocksErr = f.allHeldElsewhere()
+		if len(o.Locks) > 0 {
+			o.Holders = f.holders(o.Locks)
+		}
 		r := o.Owner
 		if r == nil || r.Clean || !o.Written() || !r.lacksLocks(f) {
 			return o, nil

@@ -3,6 +3,7 @@ package backend
 import (
 	"os"
 	"os/exec"
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -48,6 +49,42 @@ func TestWhoOfAStaleRecord(t *testing.T) {
 			}
 			must(t, inactivate(r))
 			must(t, r.Close())
+		}
+	})
+}
+
+// Whose locks they are is told of what can be seen here, whatever the record says.
+func TestHolders(t *testing.T) {
+	onEach(t, func(t *testing.T, dir string) {
+		path := writeFile(t, dir, make([]byte, 4096))
+		comm, err := os.ReadFile("/proc/self/comm")
+		must(t, err)
+		me := Holder{PID: os.Getpid(), Program: strings.TrimSpace(string(comm)), Locks: []int64{100, 101, 103, 201, 203}}
+		r := openImage(t, Options{Path: path, OwnerRecord: OwnerRecordOff}, nil)
+		who := func() []Holder {
+			t.Helper()
+			o, err := Who(path, "")
+			must(t, err)
+			return o.Holders
+		}
+		if got := who(); len(got) > 0 {
+			t.Errorf("nobody has it, and yet %v", got)
+		}
+		must(t, activate(r, false))
+		if got := who(); len(got) != 1 || !reflect.DeepEqual(got[0], me) {
+			t.Errorf("got %v, want %v", got, me)
+		}
+		b := openImage(t, Options{Path: path, OwnerRecord: OwnerRecordOff}, nil)
+		want := "in use by another process, " + me.String() + ": Failed to get"
+		if err := b.Acquire(); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("who is refused is told %v, want %s", err, want)
+		}
+		must(t, inactivate(r))
+		must(t, r.Close())
+		reader := openImage(t, Options{Path: path, ReadOnly: true}, nil)
+		must(t, activate(reader, false))
+		if o, err := Who(path, ""); err != nil || len(o.Holders) != 1 || len(o.Writers()) > 0 {
+			t.Errorf("a reader: %+v, %v", o, err)
 		}
 	})
 }

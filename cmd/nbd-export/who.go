@@ -25,8 +25,9 @@ func newWhoCommand() *cobra.Command {
 agree. It asks nobody, takes no lock and changes nothing. What keeps others out
 are the locks; the record names who has them. QEMU writes no record, so an image
 that QEMU has is locked and has none, or an old one; nor does an exporter where it
-cannot, as on a full disk. IMAGE.owner.was, which may lie beside the record, is
-what that said before; it says nothing any more.
+cannot, as on a full disk. Whose locks they are is shown of processes of this host:
+those of the same user, or all for root. IMAGE.owner.was, which may lie beside the
+record, is what that said before; it says nothing any more.
 
 Exit status is 0 whoever owns the image, and 1 if that cannot be told.`,
 		Example: `  nbd-export who disk.img
@@ -83,7 +84,15 @@ type who struct {
 	// ended, unknown.
 	Process backend.Process `json:"process,omitempty"`
 	Locks   control.Locks   `json:"locks"` // held by anybody
+	Holders []holder        `json:"holders,omitempty"`
 	Error   string          `json:"error,omitempty"`
+}
+
+// holder is a process that is seen to have some of the locks.
+type holder struct {
+	PID     int    `json:"pid"`
+	Program string `json:"program"`
+	Locks   string `json:"locks"`
 }
 
 // judge holds the record against the locks.
@@ -92,12 +101,15 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 		Image: image, Record: seen.Owner, Locks: control.Locks{Held: "none", Scope: seen.Scope},
 		Place: control.Record{Path: seen.Record.Path, PerProcess: seen.Record.PerProcess},
 	}
-	var held []string
-	for _, b := range seen.Locks {
-		held = append(held, strconv.FormatInt(b, 10))
+	if len(seen.Locks) > 0 {
+		w.Locks.Held = lockList(seen.Locks)
 	}
-	if len(held) > 0 {
-		w.Locks.Held = strings.Join(held, ",")
+	for _, h := range seen.Holders {
+		w.Holders = append(w.Holders, holder{h.PID, h.Program, lockList(h.Locks)})
+	}
+	foreign := "another program, one that writes no record (QEMU, or an exporter that could not or was not to)"
+	if writers := seen.Writers(); len(writers) > 0 {
+		foreign = fmt.Sprintf("%v, which has not written the record", writers[0])
 	}
 	r, owner := seen.Owner, ""
 	if r != nil {
@@ -114,15 +126,15 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 	claimed := r != nil && !r.Clean
 	switch {
 	case seen.Stale:
-		w.State, w.Verdict = whoForeign, "locked by a program that wrote no record (QEMU, or an exporter that could not: a full disk, or no permission); the record is stale: it says owned by "+owner+", but that process does not have the locks"
+		w.State, w.Verdict = whoForeign, "locked by "+foreign+"; that is stale: it says owned by "+owner+", but that process does not have the locks"
 	case seen.Written() && claimed && w.Process != backend.ProcessEnded:
 		w.State, w.Verdict = whoOwned, "owned by "+owner+"; it is locked as that says"
 	case seen.Written() && claimed:
-		w.State, w.Verdict = whoForeign, "locked by another program, one that writes no record (QEMU, or an exporter without one): the record says owned by "+owner+", but that process has ended"
+		w.State, w.Verdict = whoForeign, "locked by "+foreign+": that says owned by "+owner+", but that process has ended"
 	case seen.Written() && r != nil:
-		w.State, w.Verdict = whoForeign, "locked by another program, one that writes no record (QEMU, or an exporter without one): the record says let go in order by "+owner
+		w.State, w.Verdict = whoForeign, "locked by "+foreign+": that says let go in order by "+owner
 	case seen.Written():
-		w.State, w.Verdict = whoForeign, "locked by a program that writes no record (QEMU, or an exporter without one)"
+		w.State, w.Verdict = whoForeign, "locked by "+foreign
 	case claimed:
 		w.State = whoLeft
 		w.Verdict = "record says owned by " + owner + ", but no lock of an owner is held: "
@@ -130,7 +142,7 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 		case backend.ProcessEnded:
 			w.Verdict += "that process ended without letting go"
 		case backend.ProcessLives:
-			w.Verdict += "that process lives; it gave the image up without making it durable, or it takes no locks"
+			w.Verdict += "that process lives; it gave the image up without making it durable, takes no locks, or has a file that was here before this one"
 		default:
 			w.Verdict += "that process ended without letting go, or its locks do not reach this host"
 		}
@@ -139,13 +151,21 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 	default:
 		w.State, w.Verdict = whoFree, "nobody owns it"
 	}
-	if len(held) > 0 && !seen.Written() {
+	if len(seen.Locks) > 0 && !seen.Written() {
 		if w.State == whoFree {
 			w.State = whoReaders
 		}
 		w.Verdict += "; readers hold locks that keep owners out"
 	}
 	return w
+}
+
+func lockList(bytes []int64) string {
+	var s []string
+	for _, b := range bytes {
+		s = append(s, strconv.FormatInt(b, 10))
+	}
+	return strings.Join(s, ",")
 }
 
 // write prints w for people.
@@ -157,6 +177,9 @@ func (w who) write(out io.Writer) error {
 	row("image", "%s", w.Image)
 	row("owner", "%s", w.Verdict)
 	row("locks", "%s (%s)", w.Locks.Held, w.Locks.Scope)
+	for _, h := range w.Holders {
+		row("locked by", "%s, pid %d: %s", h.Program, h.PID, h.Locks)
+	}
 	row("owner record", "%s", recordText(w.Place))
 	if r := w.Record; r != nil {
 		row("epoch", "%d", r.Epoch)

@@ -40,13 +40,13 @@ func TestJudge(t *testing.T) {
 	}{
 		{nil, nil, false, "free", "nobody owns it"},
 		{nil, reader, false, "readers", "nobody owns it; readers hold locks"},
-		{nil, writer, false, "foreign", "writes no record (QEMU, or an exporter without one)"},
+		{nil, writer, false, "foreign", "locked by another program, one that writes no record (QEMU, or an exporter that could not or was not to)"},
 		{&clean, nil, false, "free", "the last owner let go in order: " + text},
 		{&clean, reader, false, "readers", "in order: " + text + "; readers hold locks"},
-		{&clean, writer, false, "foreign", "the record says let go in order by " + text},
+		{&clean, writer, false, "foreign", ": that says let go in order by " + text},
 		{&self, writer, false, "owned", "owned by " + text + "; it is locked"},
 		{&far, writer, false, "owned", "owned by nbd-export on hostB, pid "},
-		{&self, writer, true, "foreign", "the record is stale: it says owned by " + text},
+		{&self, writer, true, "foreign", "; that is stale: it says owned by " + text},
 		{&dead, writer, false, "foreign", "but that process has ended"},
 		{&self, nil, false, "left", "record says owned by " + text + ", but no lock of an owner is held: that process lives"},
 		{&dead, nil, false, "left", "is held: that process ended without letting go"},
@@ -57,6 +57,16 @@ func TestJudge(t *testing.T) {
 		if w.State != c.state || !strings.Contains(w.Verdict, c.verdict) || w.Error != "" {
 			t.Errorf("%+v, locks %v: %s, %s; want %s, %s", c.record, c.locks, w.State, w.Verdict, c.state, c.verdict)
 		}
+	}
+	// Who can be seen to have the locks is named.
+	qemu := []backend.Holder{{PID: 5, Program: "qemu-io", Locks: reader}, {PID: 7, Program: "qemu nbd", Locks: writer}}
+	seen := judge(img, &backend.Ownership{Owner: &dead, Locks: writer, Holders: qemu}, now)
+	if want := "locked by qemu nbd (pid 7), which has not written the record: that says owned by " + text[:len("nbd-export on ")]; !strings.HasPrefix(seen.Verdict, want) {
+		t.Errorf("%s; want %s", seen.Verdict, want)
+	}
+	var out bytes.Buffer
+	if err := seen.write(&out); err != nil || !strings.Contains(out.String(), "\nlocked by    qemu-io, pid 5: 100,201\nlocked by    qemu nbd, pid 7: 100,101,103,201,203\n") {
+		t.Errorf("%v, %s", err, out.String())
 	}
 	w := judge(img, &backend.Ownership{LocksErr: errors.Join(unix.ENOLCK, unix.EIO)}, now)
 	if w.State != "unknown" || w.Locks.Held != "unknown" || !strings.Contains(w.Error, "no locks available; input/output") {
@@ -84,7 +94,8 @@ owner record %[1]s.owner
 	a := serveChild(t, img, "a")
 	w := ask()
 	if r := w.Record; w.State != "owned" || r.PID != a.Process.Pid || r.Control != filepath.Join(dir, "a.ctl") || r.Epoch != 1 ||
-		w.Process != backend.ProcessLives || w.Locks.Held != "100,101,103,201,203" || w.Place.Path != img+".owner" {
+		w.Process != backend.ProcessLives || w.Locks.Held != "100,101,103,201,203" || len(w.Holders) != 1 || w.Holders[0].PID != a.Process.Pid ||
+		w.Holders[0].Locks != w.Locks.Held || w.Place.Path != img+".owner" {
 		t.Errorf("%+v", w)
 	}
 	if s := stateOf(t, filepath.Join(dir, "a.ctl")); s.Record != w.Place || s.Epoch != 1 {
