@@ -65,7 +65,7 @@ func ListenUnixMode(path string, mode fs.FileMode) (net.Listener, error) {
 
 	if st, err := os.Lstat(path); err == nil {
 		if st.Mode().Type() != fs.ModeSocket {
-			return fail("a file that is not a socket is there; remove it or choose another path")
+			return fail("a file that is not a socket is there; choose another path")
 		}
 		switch err := probe(path); {
 		case err == nil:
@@ -79,7 +79,7 @@ func ListenUnixMode(path string, mode fs.FileMode) (net.Listener, error) {
 			return fail("something is there that cannot be reached: %w", err)
 		}
 	} else if !errors.Is(err, fs.ErrNotExist) {
-		return fail("%w", err)
+		return fail("%w; choose a path in a directory that the user that runs nbd-export may use", errors.Unwrap(err))
 	}
 
 	config := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) (err error) {

@@ -51,7 +51,7 @@ func TestListenUnix(t *testing.T) {
 		{"a directory", dir, "not a socket"},
 		{"too long", filepath.Join(dir, strings.Repeat("x", 108-len(dir)-1)), "the most is 107"},
 		{"no directory", filepath.Join(dir, "none", "sock"), "directory does not exist"},
-		{"under a file", filepath.Join(file, "sock"), "not a directory"},
+		{"under a file", filepath.Join(file, "sock"), ": not a directory; choose a path in a directory"},
 		{"empty", "", "empty"},
 		{"abstract", "@x", "./@x"},
 	} {
