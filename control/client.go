@@ -102,7 +102,11 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	err := c.during(ctx, func() error { return c.receive(&hello) })
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
-		err = fmt.Errorf("%s accepts connections but does not greet; is another client using it, or is it no control socket?", peer)
+		process := ""
+		if pid := peerPID(nc); pid > 0 {
+			process = fmt.Sprintf(", pid %d,", pid)
+		}
+		err = fmt.Errorf("%s accepts connections but does not greet; does its process%s hang, is another client using it, or is it no control socket?", peer, process)
 	case err == nil && hello.QMP == nil:
 		err = fmt.Errorf("%s is no control socket: it does not speak QMP", peer)
 	case err != nil && ctx.Err() == nil:

@@ -94,6 +94,7 @@ type handover struct {
 	give     []string // nodes of from that are to be inactivated
 	take     []string // nodes of to that are to be activated
 	gap      time.Time
+	useless  bool // to try it again
 	report   HandoverReport
 }
 
@@ -133,6 +134,7 @@ var errStopped = errors.New("stopped at once, as told, between inactivating the 
 // end notes how the handover ended.
 func (h *handover) end(o HandoverOutcome, err error) {
 	h.report.Outcome, h.report.Error = o, errorText(err)
+	h.useless = errors.Is(err, errSameProcess)
 }
 
 func (h *handover) interrupted() bool {

@@ -11,6 +11,9 @@ import (
 // settlePause is between two looks at a side that is in a transition.
 const settlePause = 10 * time.Millisecond
 
+// errSameProcess is why nothing can be handed over, however often it is tried.
+var errSameProcess = errors.New("the source and the destination are the same process; name another one with --to")
+
 // check looks at both sides and plans what has to be done. It changes nothing
 // but the nonce in the owner records.
 func (h *handover) check() error {
@@ -23,7 +26,7 @@ func (h *handover) check() error {
 			func() (err error) { to, err = settled(ctx, h.to); return sideError("destination", err) })
 	})
 	if err == nil && from.PID != 0 && from.PID == to.PID && from.Since.Equal(to.Since) {
-		err = errors.New("the source and the destination are the same process")
+		err = errSameProcess
 	}
 	if err == nil {
 		err = h.step("compare", "the images of both", func(ctx context.Context) (err error) {

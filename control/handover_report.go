@@ -142,7 +142,7 @@ func (h *handover) look() {
 // conclude says what to do next, for outcomes that ask for it.
 func (h *handover) conclude() {
 	r := &h.report
-	if r.Outcome.Good() {
+	if r.Outcome.Good() || h.useless {
 		return
 	}
 	inactive := string(stateInactive)
@@ -216,7 +216,10 @@ func (r *HandoverReport) Err() error {
 	if r.Outcome.Good() {
 		return nil
 	}
-	text := r.Error + "; " + r.From.text("source") + ", " + r.To.text("destination") + "; next: " + r.Next
+	text := r.Error + "; " + r.From.text("source") + ", " + r.To.text("destination")
+	if r.Next != "" {
+		text += "; next: " + r.Next
+	}
 	if r.IfGone != "" {
 		role := "destination"
 		if r.From.State == stateUnknown {

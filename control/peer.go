@@ -111,25 +111,33 @@ func (p *Peer) dial(ctx context.Context) (*Client, error) {
 // peerProcess is a pidfd of the process at the other end, and its pid; -1 if
 // that is not known.
 func peerProcess(nc net.Conn) (fd, pid int) {
-	u, ok := nc.(*net.UnixConn)
-	if !ok {
+	if pid = peerPID(nc); pid == 0 {
 		return -1, 0
 	}
-	raw, err := u.SyscallConn()
+	fd, err := unix.PidfdOpen(pid, 0)
 	if err != nil {
 		return -1, 0
 	}
-	fd = -1
+	return fd, pid
+}
+
+// peerPID is the process that listened on the Unix socket at the other end, 0 if
+// that is not known.
+func peerPID(nc net.Conn) (pid int) {
+	u, ok := nc.(*net.UnixConn)
+	if !ok {
+		return 0
+	}
+	raw, err := u.SyscallConn()
+	if err != nil {
+		return 0
+	}
 	_ = raw.Control(func(s uintptr) {
-		cred, err := unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		if err != nil || cred.Pid <= 0 {
-			return
-		}
-		if f, err := unix.PidfdOpen(int(cred.Pid), 0); err == nil {
-			fd, pid = f, int(cred.Pid)
+		if cred, err := unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = max(int(cred.Pid), 0)
 		}
 	})
-	return fd, pid
+	return pid
 }
 
 // Gone implements Side: every process that ever answered here has ended, and

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"path/filepath"
@@ -226,7 +227,7 @@ func TestTakeoverSilentPeers(t *testing.T) {
 	e.held.Store(1)
 	began := time.Now()
 	e.target.Takeover.Want()
-	e.awaitLog(t, "image taken over", "does not greet")
+	e.awaitLog(t, "image taken over", fmt.Sprintf("does not greet; does its process, pid %d, hang", os.Getpid()))
 	if hold := e.target.Machine.HoldFor(); time.Since(began) > hold {
 		t.Errorf("it took longer than the %v for which a write is held", hold)
 	}
