@@ -33,7 +33,8 @@ answer, so this is also a health check.
 
 With more than one --control the servers are shown side by side, and with --json
 as a list of objects with control and status, or error. Exit status is 1 then if
-one of them did not answer.`,
+one of them did not answer. A single server that does not answer is such an object,
+too.`,
 		Example: `  nbd-export status --control /run/a.ctl
   nbd-export status --control /run/a.ctl --json | jq -r '.images[].state'
   nbd-export status --control /run/a.ctl --control 'exec:ssh hostB nbd-export control-stdio /run/b.ctl'`,
@@ -49,6 +50,8 @@ one of them did not answer.`,
 				err = writeJSON(cmd.OutOrStdout(), all)
 			case len(all) > 1:
 				err = writeStatuses(cmd.OutOrStdout(), all, time.Now())
+			case all[0].err != nil && asJSON:
+				err = writeJSON(cmd.OutOrStdout(), all[0])
 			case all[0].err != nil:
 			case asJSON:
 				err = writeJSON(cmd.OutOrStdout(), all[0].Status)

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -124,6 +127,24 @@ func TestStatusesAligned(t *testing.T) {
 		}
 		if got := strings.Join(rows, ","); got != c.want {
 			t.Errorf("%s: %s; want %s", c.columns, got, c.want)
+		}
+	}
+}
+
+// A script that reads JSON is told of a failure in JSON.
+func TestJSONOfFailures(t *testing.T) {
+	none := filepath.Join(t.TempDir(), "none")
+	for _, args := range [][]string{{"status", "--json", "--control", none}, {"who", "--json", none}} {
+		root := newRootCommand(nil)
+		var out, errOut bytes.Buffer
+		root.SetOut(&out)
+		root.SetErr(&errOut)
+		var got struct{ Error string }
+		if status := run(root, args); status != 1 {
+			t.Errorf("%s: exit status %d", args, status)
+		}
+		if err := json.Unmarshal(out.Bytes(), &got); err != nil || !strings.Contains(got.Error, none) || !strings.Contains(errOut.String(), got.Error) {
+			t.Errorf("%s: %v, stdout %s, stderr %s", args, err, out.String(), errOut.String())
 		}
 	}
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -39,14 +38,14 @@ Exit status is 0 whoever owns the image, and 1 if that cannot be told.`,
 			}
 			seen, err := backend.Who(args[0], ownerRecord)
 			if err != nil {
+				if asJSON {
+					err = errors.Join(err, writeJSON(cmd.OutOrStdout(), who{Image: args[0], State: whoUnknown, Verdict: cannotTell, Locks: control.Locks{Held: "unknown"}, Error: err.Error()}))
+				}
 				return err
 			}
 			w := judge(args[0], seen, time.Now())
 			if asJSON {
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetEscapeHTML(false)
-				enc.SetIndent("", "  ")
-				err = enc.Encode(w)
+				err = writeJSON(cmd.OutOrStdout(), w)
 			} else {
 				err = w.write(cmd.OutOrStdout())
 			}
@@ -72,6 +71,8 @@ const (
 	whoLeft    = "left"    // not locked, and the record's owner did not let go
 	whoUnknown = "unknown"
 )
+
+const cannotTell = "that cannot be told: see the error"
 
 // who is what is printed.
 type who struct {
@@ -116,7 +117,7 @@ func judge(image string, seen *backend.Ownership, now time.Time) who {
 		w.Process, owner = r.Process(), r.Owner(now)
 	}
 	if err := errors.Join(seen.RecordErr, seen.LocksErr); err != nil {
-		w.State, w.Verdict = whoUnknown, "that cannot be told: see the error"
+		w.State, w.Verdict = whoUnknown, cannotTell
 		if seen.LocksErr != nil {
 			w.Locks.Held = "unknown"
 		}
