@@ -16,7 +16,7 @@ import (
 func laterRig(t *testing.T, h *pageHook, codec *testCodec) (r *rig, c *client, want []byte) {
 	want = pattern(4<<20, 1)
 	r = newRig(t, rigConfig{tmpfs: true, content: want, Config: Config{Memory: 64 << 20}})
-	c = r.connectWith(codec, socketpair, h.install)
+	c = r.connectWith(codec, socketpair, h.waits)
 	var wire []byte
 	for i := range int64(laterReads) {
 		b, _ := c.header(OpRead, 0, laterOffset(i), laterSize)
@@ -26,6 +26,12 @@ func laterRig(t *testing.T, h *pageHook, codec *testCodec) (r *rig, c *client, w
 	eventually(t, "the socket is full", func() bool { return c.conn.out.owes.since.Load() != 0 })
 	eventually(t, "all requests are taken", func() bool { return c.conn.received.Load() > 0 && inLine(c) > 0 })
 	return r, c, want
+}
+
+// waits installs the hook where the system may not give sockets what it takes.
+func (h *pageHook) waits(c *conn) {
+	c.t.(*socket).leastRoom = 0
+	h.install(c)
 }
 
 const (
@@ -218,7 +224,7 @@ func TestLaterByWriter(t *testing.T) {
 	var h pageHook
 	want := pattern(1<<20, 1)
 	r := newRig(t, rigConfig{tmpfs: true, content: want})
-	c := r.connectWith(&testCodec{}, socketpair, h.install)
+	c := r.connectWith(&testCodec{}, socketpair, h.waits)
 	if !c.conn.out.hold() {
 		t.Fatal("there is a sender")
 	}

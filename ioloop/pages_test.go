@@ -365,9 +365,14 @@ func TestFileWay(t *testing.T) {
 	if room < 4*fileMin {
 		t.Fatalf("room for %d bytes: net.core.wmem_max is below what Linux begins with", room)
 	}
+	s.leastRoom = room
 	if !s.takesFiles(room/4) || s.fileWay(room/4, true) != asFile {
 		t.Error("there is room for four of these")
 	}
+	if s.leastRoom++; s.takesFiles(room / 4) {
+		t.Error("a small socket is waited for")
+	}
+	s.leastRoom = 0
 	if s.takesFiles(room/4+1) || s.fileWay(room/4+1, true) != notAsFile {
 		t.Error("there is no room for four of these")
 	}

@@ -75,6 +75,9 @@ type socket struct {
 	// room is how many bytes of replies the socket takes before the client
 	// does; 0 before it was asked. Unix sockets only. The sender sets it.
 	room atomic.Int64
+	// leastRoom is from where on replies wait until they fit: 2*sendBuffer, but for
+	// tests.
+	leastRoom int64
 	// unsent is what the client had not taken when it was last asked.
 	unsent    atomic.Int64
 	askUnsent func(fd uintptr)
@@ -121,7 +124,7 @@ type socket struct {
 }
 
 func newSocket(nc net.Conn, rc syscall.RawConn) *socket {
-	s := &socket{nc: nc, rc: rc}
+	s := &socket{nc: nc, rc: rc, leastRoom: 2 * sendBuffer}
 	_, s.unix = nc.(*net.UnixConn)
 	s.in.fn, s.out.fn = s.recvOnce, s.sendOnce
 	s.took.fn, s.took.ask = s.takeOnce, s.askPending
