@@ -85,12 +85,15 @@ tables.`,
 		},
 	}
 	f := cmd.Flags()
-	f.Var(repair, "repair", "mend leaks, or all: leaks, all")
+	f.VarP(repair, "repair", "r", "mend leaks, or all: leaks, all")
 	_ = cmd.RegisterFlagCompletionFunc("repair", cobra.FixedCompletions(repair.words, cobra.ShellCompDirectiveNoFileComp))
 	forceShareFlag(cmd, &share, forceShareUsage)
-	f.BoolVar(&asJSON, "json", false, "print JSON, for scripts")
+	jsonFlag(cmd, &asJSON)
 	locking.addTo(cmd, "locking", "", "lock the image: where locks do not work, off is your own care")
 	ownerRecordFlag(cmd, &ownerRecord)
+	// For those who are used to qemu-img: nothing else has tables to check.
+	f.VarP(&choice{"qcow2", []string{"qcow2"}}, "format", "f", "`FMT` of the image")
+	_ = f.MarkHidden("format")
 	return cmd
 }
 

@@ -65,7 +65,7 @@ prints. With --backing-chain it is an array, the image itself first.`,
 	}
 	format.addTo(cmd, "format", "f", "of the image")
 	forceShareFlag(cmd, new(bool), "take no lock, as it never does; for scripts that say so to qemu-img")
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
+	jsonFlag(cmd, &asJSON)
 	cmd.Flags().BoolVar(&chain, "backing-chain", false, "also show the images behind it")
 	allowBackingFlag(cmd, &allow)
 	ownerRecordFlag(cmd, &ownerRecord)

@@ -138,13 +138,25 @@ stay connected, by a signal or over the control socket.`,
 		newManCommand(),
 	)
 	root.InitDefaultCompletionCmd("completion") // as if it were called: it is made only then
+	root.InitDefaultHelpCmd()
 	for _, c := range root.Commands() {
 		nameOnce(c)
-		if c.Name() == "completion" {
+		switch c.Name() {
+		case "completion":
 			c.Args, c.RunE = anyShell, func(*cobra.Command, []string) error { return nil }
+		case "help":
+			c.Args = aVerb
 		}
 	}
 	return root
+}
+
+// aVerb refuses help on what is no verb.
+func aVerb(cmd *cobra.Command, args []string) error {
+	if _, rest, err := cmd.Root().Find(args); err != nil || len(rest) > 0 {
+		return fmt.Errorf("there is no verb %q", strings.Join(args, " "))
+	}
+	return nil
 }
 
 // anyShell refuses what completion has not handed on to the verb of a shell.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -83,6 +84,10 @@ func TestUsage(t *testing.T) {
 		{"serve -p 0 -b [127.0.0.1] /no/such", 1, "open image /no/such: "},
 		{"serve -b 300.1.1.1 y", 1, "cannot listen on TCP 300.1.1.1:10809: cannot resolve 300.1.1.1: no such host; give an address of this host"},
 		{"serve --owner-record= x", 2, "serve: --owner-record needs a path, or off; see"},
+		{"info --output xml x", 2, `invalid argument "xml" for "--output" flag: must be one of human, json; see`},
+		{"check -f raw x", 1, "must be one of qcow2; see"},
+		{"help nope", 2, `there is no verb "nope"; see nbd-export help --help`},
+		{"help serve nope", 2, `there is no verb "serve nope"; see`},
 		{"who", 2, "who needs one argument, IMAGE; see nbd-export who --help"},
 		{"who --owner-record= x", 2, "who: --owner-record needs a path, or off; see"},
 		{"who /no/such", 1, "/no/such: no such file or directory"},
@@ -126,6 +131,39 @@ func TestHelp(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "nbd-export-man.1")); err == nil {
 		t.Error("man, which is hidden, has a page")
+	}
+}
+
+// What qemu-img takes is taken by the verbs that are called as there.
+func TestOptionsOfQemuImg(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "disk.qcow2")
+	ask := func(args ...string) string {
+		t.Helper()
+		root := newRootCommand(nil)
+		var out, errOut bytes.Buffer
+		root.SetOut(&out)
+		root.SetErr(&errOut)
+		if status := run(root, append(args, image)); status != 0 {
+			t.Errorf("%s: exit %d, %s", args, status, errOut.String())
+		}
+		return out.String()
+	}
+	if root := newRootCommand(nil); run(root, []string{"create", image, "1M"}) != 0 {
+		t.Fatal("no image")
+	}
+	for _, verb := range []string{"info", "map", "check"} {
+		asJSON := ask(verb, "--json")
+		for _, args := range [][]string{{verb, "--output=json"}, {verb, "--output", "json", "-f", "qcow2"}} {
+			if got := ask(args...); got != asJSON || !json.Valid([]byte(got)) {
+				t.Errorf("%s: %s\nand --json: %s", args, got, asJSON)
+			}
+		}
+		if got, want := ask(verb, "--output", "human"), ask(verb); got != want || got == asJSON {
+			t.Errorf("%s --output human: %s", verb, got)
+		}
+	}
+	if got, want := ask("check", "-r", "leaks"), ask("check"); got != want {
+		t.Errorf("check -r: %s, want %s", got, want)
 	}
 }
 

@@ -49,7 +49,7 @@ that this does not matter.`,
 	}
 	format.addTo(cmd, "format", "f", "of the image")
 	forceShareFlag(cmd, &share, forceShareUsage)
-	cmd.Flags().BoolVar(&asJSON, "json", false, "print JSON, for scripts")
+	jsonFlag(cmd, &asJSON)
 	locking.addTo(cmd, "locking", "", "lock the files: where locks do not work, off is your own care")
 	allowBackingFlag(cmd, &allow)
 	return cmd
