@@ -36,6 +36,9 @@ func openLog(path string) (fd int, err error) {
 	if err == nil {
 		err = unix.SetNonblock(fd, false)
 	}
+	if err == unix.ENXIO {
+		return -1, fmt.Errorf("cannot write log file %s: it is a FIFO, and nobody reads it: %w", path, err)
+	}
 	if err != nil {
 		return -1, fmt.Errorf("cannot write log file %s: %w; choose a path in a directory that is writable", path, err)
 	}

@@ -76,11 +76,15 @@ func TestLogFileIsRotated(t *testing.T) {
 		t.Errorf("the old file goes on:\n%s", text)
 	}
 
+	fifo := filepath.Join(dir, "fifo")
+	if err := syscall.Mkfifo(fifo, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		path, want string
 		status     int
 	}{
-		{"", "--log-file needs a path", 2}, {dir, "is a directory", 1}, {filepath.Join(dir, "no", "log"), "no such file or directory", 1},
+		{"", "--log-file needs a path", 2}, {dir, "is a directory", 1}, {fifo, "nobody reads it", 1}, {filepath.Join(dir, "no", "log"), "no such file or directory", 1},
 	} {
 		wantFailure(t, cli(t, "serve", "-f", "raw", "-k", filepath.Join(dir, "nbd"), "--log-file", c.path, image), c.status, c.want)
 	}
