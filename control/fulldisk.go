@@ -25,14 +25,23 @@ type FullDisk struct {
 	now   func() time.Time
 	pause func(time.Duration)
 
-	mu    sync.Mutex // a leaf
-	since time.Time  // when a stop first found a disk full
-	told  map[string]bool
+	mu       sync.Mutex // a leaf
+	stopping bool
+	since    time.Time // when the stop first found a disk full
+	told     map[string]bool
 }
 
 // NewFullDisk makes the one of a process.
 func NewFullDisk(log *zap.Logger) *FullDisk {
 	return &FullDisk{log: log, now: time.Now, pause: time.Sleep, told: map[string]bool{}}
+}
+
+// Stopping says that the process stops. Before that nothing waits: whoever removes a
+// node is told of the failure at once.
+func (d *FullDisk) Stopping() {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.stopping = true
 }
 
 // Again is state.Options.Unwritten.
@@ -51,6 +60,9 @@ func (d *FullDisk) Again(image string, err error) bool {
 func (d *FullDisk) wait(image string, err error) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if !d.stopping {
+		return false
+	}
 	if d.since.IsZero() {
 		d.since = d.now()
 	}

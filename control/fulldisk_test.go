@@ -17,6 +17,10 @@ func TestFullDisk(t *testing.T) {
 	d.now = func() time.Time { return now }
 	d.pause = func(p time.Duration) { now = now.Add(p); pauses++ }
 	full := fmt.Errorf("write a: %w", unix.ENOSPC)
+	if d.Again("a", full) || pauses != 0 || len(lines) > 0 {
+		t.Error("it waits although the process does not stop")
+	}
+	d.Stopping()
 	if d.Again("a", fmt.Errorf("write a: %w", unix.EIO)) || pauses != 0 {
 		t.Error("a stop waits for a disk that fails")
 	}
@@ -34,6 +38,7 @@ func TestFullDisk(t *testing.T) {
 	}
 
 	d = NewFullDisk(log)
+	d.Stopping()
 	d.now, d.pause = func() time.Time { return now }, func(p time.Duration) { now = now.Add(p) }
 	if !d.Again("a", full) || !d.Again("b", unix.EDQUOT) || !d.Again("a", full) || len(lines) != 2 {
 		t.Errorf("%d lines for two images", len(lines))

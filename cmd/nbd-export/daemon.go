@@ -365,6 +365,7 @@ func (d *daemon) tellSupervisor(state string) {
 func (d *daemon) close() error {
 	log := d.log
 	if d.serving.Load() {
+		d.fullDisk.Stopping()
 		d.tellSupervisor("STOPPING=1")
 	} else {
 		log = zap.NewNop()
