@@ -332,6 +332,11 @@ func (s *session) blockdevDel(a args) (any, error) {
 	case name == t.file.name && t.format != nil:
 		return nil, generic("Block device %s is in use", name)
 	case t.format == nil || t.file.implicit:
+		// Nobody else has what could not be written, as to a full disk: the node stays.
+		// After a failed sync there is nothing left to wait for.
+		if err := state.Inactivate(context.Background(), t.Machine); err != nil && t.Machine.Status().State == state.Active {
+			return nil, err
+		}
 		r.Remove(t)
 		return nil, t.close()
 	}

@@ -33,8 +33,9 @@ type graph struct {
 	mu     sync.Mutex
 	open   map[string]int // images open now
 	locked map[string]bool
-	gone   map[string]bool // cannot be opened any more
-	moved  map[string]bool // another file is there
+	gone   map[string]bool  // cannot be opened any more
+	moved  map[string]bool  // another file is there
+	fails  map[string]error // to settle
 	opened []backend.Options
 
 	bitmaps map[string][]backend.Bitmap // of images
@@ -42,7 +43,7 @@ type graph struct {
 
 func newGraph(t *testing.T) *graph {
 	t.Helper()
-	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool), gone: make(map[string]bool), moved: make(map[string]bool)}
+	g := &graph{bed: newBed(t, 0), t: t, dir: t.TempDir(), open: make(map[string]int), locked: make(map[string]bool), gone: make(map[string]bool), moved: make(map[string]bool), fails: make(map[string]error)}
 	engine := ioloop.NewEngine(ioloop.Config{})
 	n := &NBD{Mover: engine, Log: zap.NewNop()}
 	t.Cleanup(func() { _ = n.Shutdown(context.Background()) })
@@ -98,6 +99,11 @@ func (g *graph) openImage(o backend.Options) (*Target, error) {
 	g.opened = append(g.opened, o)
 	img := &sized{g: g, size: 1 << 20}
 	img.info = backend.Info{Path: o.Path, Format: o.Format, ReadOnly: o.ReadOnly}
+	img.settle = func() error {
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		return g.fails[o.Path]
+	}
 	for i, c := range []byte(o.Path) {
 		img.ino += uint64(c) << (8 * (i % 8))
 	}
@@ -440,6 +446,27 @@ func TestFileGone(t *testing.T) {
 		g.nodes("")
 		g.owned("")
 	}
+}
+
+// A node that could not be written back stays, so that there is time to make space; one
+// whose sync has failed goes.
+func TestDeleteUnwritten(t *testing.T) {
+	g := newGraph(t)
+	add := `blockdev-add {"driver":"raw","node-name":"r","file":{"driver":"file","filename":"a"}}`
+	g.talk(add, "ok")
+	g.fails["a"] = unix.ENOSPC
+	g.talk(`blockdev-del {"node-name":"r"}`, "cannot inactivate image a: settle: no space left on device; it stays active")
+	g.owned("a!")
+	delete(g.fails, "a")
+	g.talk(`blockdev-del {"node-name":"r"}`, "ok")
+	g.nodes("")
+	g.owned("")
+
+	g.talk(add, "ok")
+	g.fails["a"] = lost{}
+	g.talk(`blockdev-del {"node-name":"r"}`, "image a: writes acknowledged since the last flush may be lost: it is failed(io)")
+	g.nodes("")
+	g.owned("")
 }
 
 // An export that is removed before the server starts is not there when it does.
