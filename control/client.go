@@ -8,6 +8,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"syscall"
@@ -79,6 +80,8 @@ func Dial(ctx context.Context, ctl string) (*Client, error) {
 		switch {
 		case errors.Is(err, fs.ErrPermission):
 			advice = "the socket is for its owner only; use the user that runs the server, or root"
+		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+			advice = "give it more time"
 		case errors.Is(err, syscall.EINVAL):
 			advice = "the path of a socket has at most 107 bytes"
 		}

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 func TestDialFails(t *testing.T) {
@@ -37,6 +38,11 @@ func TestDialFails(t *testing.T) {
 		if _, err := Dial(ctx, path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %s", path, err, want)
 		}
+	}
+	over, cancel := context.WithDeadline(ctx, time.Unix(0, 0))
+	defer cancel()
+	if _, err := Dial(over, dead); err == nil || !strings.HasSuffix(err.Error(), "; give it more time") {
+		t.Errorf("no time at all: %v", err)
 	}
 	if _, err := Dial(ctx, none); !errors.Is(err, fs.ErrNotExist) {
 		t.Error("the cause is lost")
