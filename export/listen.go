@@ -75,6 +75,8 @@ func ListenUnixMode(path string, mode fs.FileMode) (net.Listener, error) {
 				return fail("a dead server left it, and it cannot be removed: %w", err)
 			}
 		case errors.Is(err, fs.ErrNotExist): // its server stopped just now
+		case errors.Is(err, fs.ErrPermission):
+			return fail("a socket of another user is there; choose another path")
 		default:
 			return fail("something is there that cannot be reached: %w", err)
 		}
