@@ -204,7 +204,7 @@ func (e *Engine) Shutdown(ctx context.Context) {
 
 // close is called when no connection is left and none will come.
 func (e *Engine) close() {
-	e.yielder.close()
+	e.yielder.Close()
 	e.pipes.close()
 	if e.ring == nil {
 		return

@@ -1,15 +1,11 @@
 package ioloop
 
 import (
-	"os"
 	"runtime"
-	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
-	"unsafe"
 
-	"golang.org/x/sys/unix"
+	"github.com/nbd-export/nbd-export/internal/turns"
 )
 
 // A connection whose client keeps its socket full never waits, and as long as
@@ -48,92 +44,22 @@ func (c *conn) yield() {
 	}
 	c.busyFrom = now
 	if c.e.crowd() >= runtime.GOMAXPROCS(0) {
-		c.e.yielder.give()
+		c.e.yielder.Give()
 		c.e.yielder.offerCore(now)
 	}
 }
 
-// yielder is what the connections of an engine give way with. They share a
-// descriptor: if each had its own there would be none left for handing over, for
-// which a quarter is kept (export.mostConnections).
+// yielder is what the connections of an engine give way with. They share one, which
+// has one descriptor: if each had its own there would be none left for handing over,
+// for which a quarter is kept (export.mostConnections).
 type yielder struct {
-	mu     sync.Mutex   // leaf
-	back   sync.Cond    // of mu: waits is false again
-	waits  bool         // somebody does, in the netpoller
-	rounds uint64       // how often somebody has
-	offer  atomic.Int64 // when the core was offered last, by clock
-	event  *os.File     // an eventfd; nil before the first round
-
-	// Of who waits:
-	rc    syscall.RawConn
-	wrote bool
-	fn    func(fd uintptr) bool // once, bound: that would be an allocation for each
-}
-
-// give lets who is ready have the thread. Who finds somebody waiting in the
-// netpoller waits with him. Without a descriptor to spare it is as if there were no
-// turns.
-func (y *yielder) give() {
-	y.mu.Lock()
-	defer y.mu.Unlock()
-	if y.waits {
-		for n := y.rounds; n == y.rounds; {
-			y.back.Wait()
-		}
-		return
-	}
-	if y.event == nil && !y.openLocked() {
-		return
-	}
-	y.waits, y.wrote = true, false
-	y.mu.Unlock()
-	_ = y.rc.Read(y.fn)
-	y.mu.Lock()
-	y.waits = false
-	y.rounds++
-	y.back.Broadcast()
+	turns.Yielder
+	offer atomic.Int64 // when the core was offered last, by clock
 }
 
 // offerCore lets other threads have this core if that is due.
 func (y *yielder) offerCore(now time.Duration) {
 	if last := y.offer.Load(); int64(now)-last >= int64(coreTurn) && y.offer.CompareAndSwap(last, int64(now)) {
 		yieldCore()
-	}
-}
-
-func (y *yielder) openLocked() bool {
-	fd, err := unix.Eventfd(0, unix.EFD_NONBLOCK|unix.EFD_CLOEXEC)
-	if err != nil {
-		return false
-	}
-	event := os.NewFile(uintptr(fd), "eventfd")
-	if y.rc, err = event.SyscallConn(); err != nil {
-		_ = event.Close()
-		return false
-	}
-	y.event, y.back.L, y.fn = event, &y.mu, y.once
-	return true
-}
-
-// once makes the descriptor readable and is called again when the netpoller has
-// found it to be.
-func (y *yielder) once(fd uintptr) (done bool) {
-	n := uint64(1)
-	trap := uintptr(unix.SYS_WRITE)
-	if y.wrote {
-		trap = unix.SYS_READ
-	}
-	_, _, _ = syscall.RawSyscall(trap, fd, uintptr(unsafe.Pointer(&n)), unsafe.Sizeof(n))
-	done, y.wrote = y.wrote, true
-	return done
-}
-
-// close is called when no connection is left, and may be called again.
-func (y *yielder) close() {
-	y.mu.Lock()
-	defer y.mu.Unlock()
-	if y.event != nil {
-		_ = y.event.Close()
-		y.event = nil
 	}
 }

@@ -18,10 +18,10 @@ var arrows = map[string][]string{
 	"backend":        {"backend/qcow2"},
 	"control":        {"backend", "export", "ioloop", "state"},
 	"export":         {"backend", "export/wire", "ioloop", "state"},
-	"ioloop":         {"backend", "state"},
+	"ioloop":         {"backend", "internal/turns", "state"},
 	"bench":          {"client"},
 	"bench/compare":  {"bench", "client", "control"},
-	"client":         {"export/wire"},
+	"client":         {"export/wire", "internal/turns"},
 }
 
 // TestRooms holds the imports of non-test code against the arrows, so that a
