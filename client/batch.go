@@ -6,10 +6,12 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"sync/atomic"
 	"syscall"
 	"time"
 
 	"github.com/nbd-export/nbd-export/export/wire"
+	"github.com/nbd-export/nbd-export/internal/turns"
 )
 
 // Never is the wait of a Source that has nothing to send before the next reply.
@@ -55,7 +57,8 @@ type Batch struct {
 	src    Source
 	more   bool  // src has more to send
 	wakeAt int64 // src is to be asked again then; 0: after the next reply
-	now    int64 // when the current turn began
+	now    int64 // when what is being fed came, or what is sent was looked at
+	turn   int64 // when the present turn began; 0 after a wait
 	err    error
 	park   parking
 
@@ -67,6 +70,18 @@ type Batch struct {
 	onRead, onWrite func(fd uintptr) bool // step and flush, bound once
 	onPoll          func(fd uintptr)
 }
+
+// turnLength is how long a Batch that has not had to wait keeps others of the process
+// from being looked after, see turns. Without an end to it one of three connections
+// with 1M reads at depth 16 waited for 0.3 to 1.5 s although its replies had come, and
+// with it, p99 and the most are 22 to 24 ms and 32 to 37 instead of 201 to 339 and 258
+// to 426; loads of 4k reads are as quick.
+const turnLength = 200 * time.Microsecond
+
+var (
+	running atomic.Int32 // Batches in Run
+	others  turns.Yielder
+)
 
 // parking is what a Batch waits for.
 type parking uint8
@@ -151,7 +166,9 @@ func (b *Batch) Run(ctx context.Context, src Source, deadline time.Time, exact b
 	if exact {
 		defer preciseThread()()
 	}
+	running.Add(1)
 	b.loop()
+	running.Add(-1)
 	if errors.Is(b.err, os.ErrDeadlineExceeded) {
 		if b.err = context.Cause(ctx); b.err == nil {
 			b.err = fmt.Errorf("no answer from the server: %d requests unanswered", b.InFlight())
@@ -163,6 +180,7 @@ func (b *Batch) Run(ctx context.Context, src Source, deadline time.Time, exact b
 func (b *Batch) loop() {
 	b.park = parkReadable
 	for b.err == nil && b.park != parkNone {
+		b.turn = 0
 		var err error
 		switch b.park {
 		case parkReadable:
@@ -194,8 +212,10 @@ func (b *Batch) step(fd uintptr) bool {
 			return true
 		}
 		if n > 0 {
+			b.giveWay()
 			continue
 		}
+		b.turn = 0
 		switch {
 		case blocked && b.repliesFit():
 			b.park = parkWritable
@@ -206,6 +226,17 @@ func (b *Batch) step(fd uintptr) bool {
 		}
 		b.park = parkReadable
 		return false
+	}
+}
+
+// giveWay ends the turn if it has been long enough and there are others.
+func (b *Batch) giveWay() {
+	switch {
+	case b.turn == 0:
+		b.turn = b.now
+	case b.now-b.turn >= int64(turnLength) && running.Load() > 1:
+		others.Give()
+		b.turn = Now()
 	}
 }
 

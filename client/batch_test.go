@@ -227,3 +227,28 @@ func TestBatchNull(t *testing.T) {
 		t.Errorf("%v allocations in 20000 requests", got)
 	}
 }
+
+// A Batch that has not had to wait for a turn's length gives way, where there are
+// others.
+func TestGiveWay(t *testing.T) {
+	defer running.Store(running.Load())
+	for _, c := range []struct {
+		what    string
+		running int32
+		turn    time.Duration // how long it has lasted
+		gives   bool
+	}{
+		{"alone", 1, 2 * turnLength, false},
+		{"a short turn", 2, turnLength / 2, false},
+		{"a long one", 2, turnLength, true},
+	} {
+		b := Batch{now: int64(time.Second)}
+		b.turn = b.now - int64(c.turn)
+		began, rounds := b.turn, others.Rounds()
+		running.Store(c.running)
+		b.giveWay()
+		if gave := others.Rounds() > rounds; gave != c.gives || gave == (b.turn == began) {
+			t.Errorf("%s: gives way %v, and a new turn has begun %v", c.what, gave, b.turn != began)
+		}
+	}
+}
