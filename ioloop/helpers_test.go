@@ -19,6 +19,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -506,6 +507,17 @@ func socketpair(t testing.TB) (a, b net.Conn) {
 		f.Close()
 	}
 	return c[0], c[1]
+}
+
+// sndbuf is how much a socket holds of what it sends, in bytes and with what the
+// kernel needs to know of them.
+func sndbuf(t testing.TB, nc net.Conn) (n int) {
+	t.Helper()
+	rc, err := nc.(syscall.Conn).SyscallConn()
+	must(t, err)
+	must(t, rc.Control(func(fd uintptr) { n, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF) }))
+	must(t, err)
+	return n
 }
 
 func tcpPair(t testing.TB) (a, b net.Conn) {

@@ -9,7 +9,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -339,27 +338,18 @@ func TestTruncatedWhileSendingFile(t *testing.T) {
 // Files are sent where that is worth it: on Unix sockets with room, which they
 // are given, to clients that have something to do.
 func TestFileWay(t *testing.T) {
-	sndbuf := func(nc net.Conn) (n int) {
-		rc, err := nc.(interface {
-			SyscallConn() (syscall.RawConn, error)
-		}).SyscallConn()
-		must(t, err)
-		must(t, rc.Control(func(fd uintptr) { n, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF) }))
-		must(t, err)
-		return n
-	}
 	a, b := socketpair(t)
 	defer a.Close()
-	before := sndbuf(b)
+	before := sndbuf(t, b)
 	s := newTransport(b).(*socket)
-	if s.fileWay(fileMin-1, true) != notAsFile || sndbuf(b) != before {
+	if s.fileWay(fileMin-1, true) != notAsFile || sndbuf(t, b) != before {
 		t.Error("small replies are sent by file, or have changed the socket")
 	}
 	if s.fileWay(fileMin, false) != notAsFile {
 		t.Error("a client that waits is sent files")
 	}
 	room := s.room.Load()
-	if n := sndbuf(b); n < before || int64(n) != room {
+	if n := sndbuf(t, b); n < before || int64(n) != room {
 		t.Errorf("room for %d bytes, %d before; taken for %d", n, before, room)
 	}
 	if room < 4*fileMin {
@@ -398,9 +388,9 @@ func TestFileWay(t *testing.T) {
 
 	a, b = tcpPair(t)
 	defer a.Close()
-	before = sndbuf(b)
+	before = sndbuf(t, b)
 	s = newTransport(b).(*socket)
-	if s.fileWay(1<<20, true) != notAsFile || s.takesFiles(1<<20) || sndbuf(b) != before {
+	if s.fileWay(1<<20, true) != notAsFile || s.takesFiles(1<<20) || sndbuf(t, b) != before {
 		t.Error("TCP is treated the same way")
 	}
 	must(t, s.close())

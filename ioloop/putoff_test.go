@@ -148,6 +148,10 @@ func TestReceivedInPlace(t *testing.T) {
 			t.Run(fmt.Sprintf("%s/%d", link, n), func(t *testing.T) {
 				r := newRig(t, rigConfig{tmpfs: true, size: 4 << 20})
 				d := r.drive(links[link])
+				if most := int64(sndbuf(t, d.nc)) / 2; n > most {
+					t.Logf("payloads of %d bytes: the socket holds no larger ones, by net.core.wmem_max", most)
+					n = most
+				}
 				offs := []int64{1 << 20, 0, 3 << 20}
 				if n > smallPayload {
 					offs = offs[:1]
