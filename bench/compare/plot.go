@@ -75,12 +75,12 @@ func (rep *report) plot(results []result) string {
 	text("", 36, 54.5, "operations per second")
 	dot("cpu met", 196, 50)
 	text("", 206, 54.5, "operations per CPU time of the server")
-	line("goal", 456, 43, 456, 57)
-	text("", 464, 54.5, "goal")
-	dot("ops missed", 512, 50)
-	text("", 522, 54.5, "goal missed")
-	line("span ops", 614, 50, 640, 50)
-	text("", 648, 54.5, "90 % interval")
+	line("goal", 474, 43, 474, 57)
+	text("", 482, 54.5, "goal")
+	dot("ops missed", 530, 50)
+	text("", 540, 54.5, "goal missed")
+	line("span ops", 632, 50, 658, 50)
+	text("", 666, 54.5, "90 % interval")
 	for v := low; v <= high; v *= 2 {
 		class := "grid"
 		if v == 1 {
