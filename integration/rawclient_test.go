@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"testing"
 	"time"
 )
@@ -71,6 +72,9 @@ type rawConn struct {
 	structured bool
 	cookie     uint64
 	timeout    time.Duration
+	// lost is called when the server has ended the connection, and ends the goroutine;
+	// nil: that is not to be.
+	lost func()
 }
 
 // dialNBD connects and reads the server's greeting.
@@ -119,6 +123,10 @@ func (r *rawConn) read(b []byte) {
 	r.t.Helper()
 	r.SetReadDeadline(time.Now().Add(r.timeout))
 	if _, err := io.ReadFull(r, b); err != nil {
+		if r.lost != nil && (err == io.EOF || err == io.ErrUnexpectedEOF) {
+			r.lost()
+			runtime.Goexit()
+		}
 		r.t.Fatalf("NBD connection: %v", err)
 	}
 }
