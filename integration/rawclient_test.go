@@ -2,10 +2,12 @@ package integration
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
 	"runtime"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -123,7 +125,7 @@ func (r *rawConn) read(b []byte) {
 	r.t.Helper()
 	r.SetReadDeadline(time.Now().Add(r.timeout))
 	if _, err := io.ReadFull(r, b); err != nil {
-		if r.lost != nil && (err == io.EOF || err == io.ErrUnexpectedEOF) {
+		if r.lost != nil && (err == io.EOF || err == io.ErrUnexpectedEOF || errors.Is(err, syscall.ECONNRESET)) {
 			r.lost()
 			runtime.Goexit()
 		}
