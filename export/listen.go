@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"sync"
@@ -22,8 +23,15 @@ const maxSocketPath = 107
 func ListenTCP(address string) (net.Listener, error) { return ListenTCPFamily("tcp", address) }
 
 // ListenTCPFamily is ListenTCP for one family of addresses: network is "tcp4",
-// "tcp6", or "tcp" for both.
+// "tcp6", or "tcp" for both. An IPv4 address is of its own family in any case:
+// Go takes 0.0.0.0 for every address of the host, and who wrote that would serve
+// on IPv6 too, where no rule of his firewall may be.
 func ListenTCPFamily(network, address string) (net.Listener, error) {
+	if host, _, err := net.SplitHostPort(address); err == nil && network == "tcp" {
+		if a, err := netip.ParseAddr(host); err == nil && a.Is4() {
+			network = "tcp4"
+		}
+	}
 	l, err := net.Listen(network, address)
 	dns, unresolved := errors.AsType[*net.DNSError](err)
 	switch {

@@ -150,6 +150,18 @@ func TestListenUnixRace(t *testing.T) {
 	}
 }
 
+// TestListenTCPWildcard: 0.0.0.0 is every IPv4 address and no other.
+func TestListenTCPWildcard(t *testing.T) {
+	l, err := ListenTCP("0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	if a := l.Addr().(*net.TCPAddr); a.IP.To4() == nil {
+		t.Fatalf("listens on %v", a)
+	}
+}
+
 func TestListenTCP(t *testing.T) {
 	l, err := ListenTCP("127.0.0.1:0")
 	if err != nil {
