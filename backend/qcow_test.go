@@ -365,7 +365,9 @@ func TestQcowFenced(t *testing.T) {
 	if err := o.Check(); !errors.As(err, &fenced) {
 		t.Fatal(err)
 	}
-	wantErrno(t, write(o, 2<<20, []byte{1}, false), unix.EPERM)
+	wantErrno(t, write(o, 2<<20, []byte{1}, false), unix.EIO)
+	wantErrno(t, o.Flush(), unix.EIO)
+	wantErrno(t, o.Settle(), unix.EIO)
 	was := sumOf(t, path)
 	must(t, o.Abandon())
 	o.PublishInactive()

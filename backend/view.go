@@ -67,8 +67,9 @@ type content interface {
 	// tables returns a hash of what says where the image's bytes are, for its
 	// fingerprint.
 	tables() (uint64, error)
-	// freeze ends all writing that no request asks for; what was not written
-	// is lost. Reads may go on.
+	// freeze ends all writing that no request asks for, beside whatever is under
+	// way. Where something is not written that was to be, it is lost, and sync and
+	// settle fail from then on. Reads go on.
 	freeze()
 }
 

@@ -85,7 +85,7 @@ func (im *Image) makeWhole() error {
 // opens it next finds the mark.
 func (im *Image) Settle() error {
 	if !im.begun.Load() {
-		return nil
+		return im.lost()
 	}
 	im.stopTimer()
 	defer im.allowTimer()
@@ -158,9 +158,22 @@ func (im *Image) unreadyLocked(x run) {
 	im.alloc.have -= x.n
 }
 
-// Close forgets everything and writes nothing. No other method may be running
-// or called again.
+// Close ends writing, beside whatever is under way: what was not written by then
+// is lost. Of an image that was begun Flush, Settle and all changes fail with EIO
+// from then on; Map goes on as before.
 func (im *Image) Close() {
-	im.begun.Store(false)
+	if im.begun.Load() {
+		im.closed.Store(true) // first, so that no flush takes it for one that has nothing to write
+		im.begun.Store(false)
+	}
 	im.stopTimer()
+}
+
+// lost is the error of an image that was closed, which may have lost what nobody
+// writes any more; nil of one that was never begun, and has nothing to write.
+func (im *Image) lost() error {
+	if im.closed.Load() {
+		return im.refused(unix.EIO, "it was given up, and what was not written before is lost")
+	}
+	return nil
 }

@@ -290,3 +290,32 @@ func TestFailedSync(t *testing.T) {
 		})
 	}
 }
+
+// TestClosedWithWritesFails: whoever is fenced closes the image beside requests.
+// What was not written is lost then, and nobody is told that it is durable.
+func TestClosedWithWritesFails(t *testing.T) {
+	f := made(t, "1M", "cluster_size=4k")
+	im := begun(t, f, Options{})
+	p := bytes.Repeat([]byte{7}, 4096)
+	if err := im.writeAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	before := f.Bytes()
+	im.Close()
+	for what, do := range map[string]func() error{
+		"flush":   im.Flush,
+		"settle":  im.Settle,
+		"write":   func() error { return im.writeAt(p, 8192) },
+		"discard": func() error { return im.Discard(0, 4096) },
+	} {
+		if err := do(); !errors.Is(err, unix.EIO) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if err := im.readAt(make([]byte, 4096), 0); err != nil {
+		t.Error(err)
+	}
+	if !bytes.Equal(f.Bytes(), before) {
+		t.Error("a closed image has changed")
+	}
+}

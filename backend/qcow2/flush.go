@@ -34,7 +34,7 @@ type round struct {
 // sync, it can be called again.
 func (im *Image) Flush() error {
 	if !im.begun.Load() {
-		return nil
+		return im.lost()
 	}
 	fl := &im.flush
 	fl.mu.Lock()
@@ -353,9 +353,10 @@ func (im *Image) stopTimer() {
 	}
 }
 
+// allowTimer ends stopTimer, unless the image was closed meanwhile.
 func (im *Image) allowTimer() {
 	im.flush.mu.Lock()
-	im.flush.off = false
+	im.flush.off = im.closed.Load()
 	im.flush.mu.Unlock()
 	im.flush.armed.Store(false)
 }

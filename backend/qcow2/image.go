@@ -72,6 +72,7 @@ type Image struct {
 
 	headerMu sync.Mutex // leaf
 	begun    atomic.Bool
+	closed   atomic.Bool // after it was begun
 	broken   atomic.Bool // marked corrupt
 }
 

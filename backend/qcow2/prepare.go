@@ -318,6 +318,8 @@ func (im *Image) change(off, n int64, mode Mode) error {
 // writable refuses changes of an image that is not begun, or is damaged.
 func (im *Image) writable() error {
 	switch {
+	case im.closed.Load():
+		return im.lost()
 	case !im.begun.Load():
 		return im.refused(unix.EPERM, "it is not open for writing")
 	case im.broken.Load():
