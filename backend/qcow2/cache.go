@@ -290,6 +290,11 @@ func (im *Image) readSlice(s *slice) error {
 // off is the slice's offset in the file.
 func (s *slice) off() int64 { return s.table.off + s.index*8*int64(len(s.words)) }
 
+// guestOffset is where the guest has the cluster of entry i.
+func (s *slice) guestOffset(im *Image, i int) int64 {
+	return s.l1<<im.l1Shift + (s.index<<im.sliceBits+int64(i))<<im.g.ClusterBits
+}
+
 // encode is the slice as the file has it.
 func (s *slice) encode() []byte {
 	raw := make([]byte, 8*len(s.words))

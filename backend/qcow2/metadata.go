@@ -79,7 +79,13 @@ func (im *Image) badCell(s *slice) (int, string) {
 		switch {
 		case c.entry&entryCompressed != 0:
 			off, n = im.g.compressed(c.entry)
-		case im.g.External || !im.g.hasHost(c):
+		case !im.g.hasHost(c):
+			continue
+		case im.g.External:
+			// Elsewhere is the place of another of the guest's clusters.
+			if at := s.guestOffset(im, i); off != at {
+				return i, fmt.Sprintf("its place in the data file is %#x, and that of the guest's cluster is %#x", off, at)
+			}
 			continue
 		}
 		for host := off >> im.g.ClusterBits; host <= (off+n-1)>>im.g.ClusterBits; host++ {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"errors"
+	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -113,6 +114,37 @@ func TestClusterSetOfRanges(t *testing.T) {
 					t.Fatalf("%d to %d: %d", first, last, c)
 				}
 			}
+		}
+	}
+}
+
+// TestOddPlaceInDataFile: a guest's cluster is where the guest has it; anywhere else
+// is another one's place.
+func TestOddPlaceInDataFile(t *testing.T) {
+	for _, options := range []string{"cluster_size=4k", "cluster_size=16k,extended_l2=on"} {
+		dir := t.TempDir()
+		path, dataPath := filepath.Join(dir, "d.qcow2"), filepath.Join(dir, "data")
+		qemuImg(t, "create", "-q", "-f", "qcow2", "-o", options+",data_file="+dataPath, path, "200M")
+		f, data := loaded(t, path), loaded(t, dataPath)
+		im := begun(t, f, Options{Data: data})
+		// Past the first table and the first slice, whose places are to be right.
+		off := 3*im.g.L2Coverage() + 700*im.g.ClusterSize()
+		whole := make([]byte, im.g.ClusterSize())
+		if err := errors.Join(im.writeAt(whole, off), im.Settle()); err != nil {
+			t.Fatal(err)
+		}
+		if err := begun(t, memfile.New("good", f.Bytes()), Options{Data: data}).readAt(whole, off); err != nil {
+			t.Errorf("%s: %v", options, err)
+		}
+		b := f.Bytes()
+		entry := hostOffset(im.l1[off>>im.l1Shift]) + im.g.L2Index(off)*im.g.EntrySize()
+		copy(b[entry:], be64(uint64(off-im.g.ClusterSize())|entryCopied))
+		if err := opened(t, memfile.New("bad", b), Options{Data: data}).readAt(whole, off); !errors.Is(err, unix.EIO) {
+			t.Errorf("%s: read from another's place: %v", options, err)
+		}
+		bad := begun(t, memfile.New("bad", b), Options{Data: data, Warn: func(string) {}})
+		if err := bad.writeAt(whole, off); !errors.Is(err, unix.EIO) {
+			t.Errorf("%s: write to another's place: %v", options, err)
 		}
 	}
 }
