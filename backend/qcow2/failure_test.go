@@ -319,3 +319,27 @@ func TestClosedWithWritesFails(t *testing.T) {
 		t.Error("a closed image has changed")
 	}
 }
+
+// TestWriteBackTellsOnce: a disk that stays full is told of when it becomes so, and
+// not with each write-back.
+func TestWriteBackTellsOnce(t *testing.T) {
+	f := made(t, "1M", "cluster_size=4k")
+	told := 0
+	im := begun(t, f, Options{Warn: func(string) { told++ }})
+	p := make([]byte, 4096)
+	full := func(memfile.Op, int64, int64) error { return unix.ENOSPC }
+	for want := 1; want <= 2; want++ {
+		if err := im.writeAt(p, int64(want)<<16); err != nil {
+			t.Fatal(err)
+		}
+		f.Fail = full
+		for range 3 {
+			im.writeBackNow()
+		}
+		f.Fail = nil
+		if told != want {
+			t.Errorf("told %d times, want %d", told, want)
+		}
+		im.writeBackNow()
+	}
+}

@@ -22,6 +22,7 @@ type flusher struct {
 	armed atomic.Bool
 	timer *time.Timer // nil before the first
 	off   bool        // no timer any more
+	told  string      // the last warning, "" if all went well since
 }
 
 type round struct {
@@ -104,9 +105,7 @@ func (im *Image) flushOnce() error {
 	if im.inLimbo() {
 		im.at(StepGiveBack)
 	}
-	if err := im.reclaim(); err != nil {
-		im.opts.Warn(err.Error()) // what was flushed is durable all the same
-	}
+	im.tell(im.reclaim()) // what was flushed is durable all the same
 	if im.dirty() {
 		im.startTimer() // for refcounts that were decreased, and for limbo
 	}
@@ -335,7 +334,24 @@ func (im *Image) writeBackNow() {
 		return
 	}
 	if err := im.Flush(); err != nil {
-		im.opts.Warn(err.Error())
+		im.tell(err)
+	}
+}
+
+// tell warns of an error that nobody asked for, unless it was told last: where a
+// disk is full, or fails, it comes again with each write-back.
+func (im *Image) tell(err error) {
+	text := ""
+	if err != nil {
+		text = err.Error()
+	}
+	fl := &im.flush
+	fl.mu.Lock()
+	news := text != fl.told
+	fl.told = text
+	fl.mu.Unlock()
+	if news && err != nil {
+		im.opts.Warn(text)
 	}
 }
 
