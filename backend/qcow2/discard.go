@@ -12,7 +12,7 @@ func (im *Image) Discard(off, n int64) error {
 	pin := im.pins.enter(unsafe.Pointer(&n)) // as Status
 	defer im.pins.leave(&pin)
 	if im.h.Autoclear&DataFileRaw != 0 {
-		return im.zeroRaw(off, n)
+		return im.writeZeros(off, n) // the data file is to read as the disk does
 	}
 	// The last cluster of the disk need not be whole.
 	end := off + n
@@ -52,7 +52,7 @@ func (im *Image) Zero(off, n int64, keep bool) error {
 	pin := im.pins.enter(unsafe.Pointer(&n)) // as Status
 	defer im.pins.leave(&pin)
 	if im.h.Autoclear&DataFileRaw != 0 {
-		return im.zeroRaw(off, n)
+		return im.writeZeros(off, n) // the data file is to read as the disk does
 	}
 	end := off + n
 	// What is not whole is written. The last cluster of the disk counts as
@@ -188,8 +188,6 @@ func (im *Image) partCompressed(s *slice, i int, off, next int64) bool {
 func (im *Image) writeZeros(off, n int64) error {
 	var p Plan
 	for end := off + n; off < end; {
-		// As long as the caller's largest request, so that the plan's memory is
-		// bounded.
 		part := min(end-off, zeroStep)
 		ext, err := im.appendExtents(nil, off, part, MayBlock)
 		if err != nil {
@@ -218,10 +216,6 @@ func (im *Image) writeZeros(off, n int64) error {
 	return nil
 }
 
+// zeroStep is how many bytes of a long range are planned at once: a plan remembers
+// every cluster that is new in it.
 const zeroStep = 8 << 20
-
-// zeroRaw zeroes a range of an image whose data file is to read as the guest
-// does, without the image.
-func (im *Image) zeroRaw(off, n int64) error {
-	return im.writeZeros(off, n)
-}

@@ -90,7 +90,7 @@ func readSnapshots(f File, h *Header) (all []Snapshot, n int64, err error) {
 	return all, n, nil
 }
 
-// fault says why a snapshot's disk cannot be read, "" if it can.
+// snapshotFault says why a snapshot's disk cannot be read, "" if it can.
 func (g Geometry) snapshotFault(s *Snapshot) string {
 	switch {
 	case s.Size < 0 || s.Size > 1<<63-1-g.ClusterSize():
