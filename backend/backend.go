@@ -171,10 +171,10 @@ type Image interface {
 	// Data, and the caller puts the bytes there. payload is only looked at
 	// during the call. Then exactly one of Commit or Abort.
 	Prepare(p *Plan, off int64, payload []byte, mode Mode) error
-	// Commit publishes the mapping after all bytes are in place. durable says
-	// that the mapping is on disk, so that a write of durable bytes needs no
-	// Flush to survive power loss.
-	Commit(p *Plan) (durable bool, err error)
+	// Commit publishes the mapping after all bytes are in place. It cannot fail.
+	// durable says that the mapping is on disk, so that a write of durable bytes
+	// needs no Flush to survive power loss.
+	Commit(p *Plan) (durable bool)
 	// Abort publishes nothing and gives back what Prepare took.
 	Abort(p *Plan)
 

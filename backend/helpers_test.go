@@ -176,11 +176,10 @@ func write(r *Owned, off int64, b []byte, durable bool) error {
 		}
 		b = b[e.Length:]
 	}
-	mapped, err := r.Commit(&p)
-	if err == nil && durable && !mapped {
-		err = r.Flush()
+	if mapped := r.Commit(&p); durable && !mapped {
+		return r.Flush()
 	}
-	return err
+	return nil
 }
 
 func read(r *Owned, off int64, b []byte) error {

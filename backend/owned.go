@@ -154,7 +154,7 @@ func (o *Owned) PrepareUnseen(p *Plan, off, n int64) error {
 }
 
 // Commit implements Image.
-func (o *Owned) Commit(p *Plan) (durable bool, err error) { return p.take().Commit(p) }
+func (o *Owned) Commit(p *Plan) (durable bool) { return p.take().Commit(p) }
 
 // Abort implements Image.
 func (o *Owned) Abort(p *Plan) { p.take().Abort(p) }

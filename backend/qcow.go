@@ -306,7 +306,7 @@ func (q *qcow) prepareUnseen(p *Plan, off, n int64) error {
 }
 
 // Commit implements content.
-func (q *qcow) Commit(p *Plan) (durable bool, err error) { return q.disk.Commit(plan(p)) }
+func (q *qcow) Commit(p *Plan) (durable bool) { return q.disk.Commit(plan(p)) }
 
 // Abort implements content.
 func (q *qcow) Abort(p *Plan) { q.disk.Abort(plan(p)) }

@@ -177,9 +177,9 @@ func (r *raw) prepareUnseen(p *Plan, off, n int64) error {
 }
 
 // Commit implements content.
-func (r *raw) Commit(p *Plan) (durable bool, err error) {
+func (r *raw) Commit(p *Plan) (durable bool) {
 	r.Abort(p)
-	return true, nil
+	return true
 }
 
 // Abort implements content.

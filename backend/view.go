@@ -42,7 +42,7 @@ type content interface {
 	Unmap(p *Plan)
 	ReadOpaque(p *Plan, i int, skip int64, dst []byte) error
 	Prepare(p *Plan, off int64, payload []byte, mode Mode) error
-	Commit(p *Plan) (durable bool, err error)
+	Commit(p *Plan) (durable bool)
 	Abort(p *Plan)
 	Discard(off, n int64) error
 	Zero(off, n int64, flags ZeroFlags) error

@@ -226,9 +226,9 @@ func (h *hooked) Info() backend.Info {
 	return i
 }
 
-func (h *hooked) Commit(p *backend.Plan) (bool, error) {
-	_, err := h.Image.Commit(p)
-	return !h.mapped, err
+func (h *hooked) Commit(p *backend.Plan) (durable bool) {
+	h.Image.Commit(p)
+	return !h.mapped
 }
 
 func (h *hooked) set(fn func(*hooked)) {

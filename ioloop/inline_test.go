@@ -29,8 +29,8 @@ func (w *twoExtents) Prepare(p *backend.Plan, off int64, payload []byte, mode ba
 	return nil
 }
 
-func (w *twoExtents) Commit(p *backend.Plan) (bool, error) { w.commits++; return w.Image.Commit(p) }
-func (w *twoExtents) Abort(p *backend.Plan)                { w.aborted++; w.Image.Abort(p) }
+func (w *twoExtents) Commit(p *backend.Plan) (durable bool) { w.commits++; return w.Image.Commit(p) }
+func (w *twoExtents) Abort(p *backend.Plan)                 { w.aborted++; w.Image.Abort(p) }
 
 // A write of which the kernel takes only a part ends where it is, under its
 // admission: a worker would ask the gate again, and a refusal would leave half

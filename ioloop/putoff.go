@@ -137,7 +137,7 @@ func (c *conn) settle() {
 	for i := range writes {
 		w := &writes[i]
 		if w.err == nil {
-			_, w.err = img.Commit(&w.plan) // what is durable here is so without a Flush
+			img.Commit(&w.plan) // what is durable here is so without a Flush
 		} else {
 			img.Abort(&w.plan)
 		}
@@ -321,7 +321,7 @@ func (c *conn) receiveInPlace(r *Request) (done bool, err error) {
 		err, lost = c.storeRest(e.File, e.Offset+e.Length-int64(rest), rest)
 	}
 	if err == nil && lost == nil {
-		_, err = img.Commit(p)
+		img.Commit(p)
 	} else {
 		img.Abort(p)
 	}

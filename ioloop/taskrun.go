@@ -156,7 +156,7 @@ func (t *task) store(durable bool) (mapped bool, err error) {
 		}
 		payload = payload[e.Length:]
 	}
-	return img.Commit(&t.plan)
+	return img.Commit(&t.plan), nil
 }
 
 // fetch reads the request's range into the buffer; with now it returns ErrWait

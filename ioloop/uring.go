@@ -391,13 +391,12 @@ func (t *task) endRing() {
 		c.e.sched.submit(t) // admitted; see leaveRing
 		return
 	}
-	mapped, err := img.Commit(&t.plan)
-	if err == nil && !mapped && c.durable(&t.req) {
+	if mapped := img.Commit(&t.plan); !mapped && c.durable(&t.req) {
 		t.stored = true
 		c.e.sched.submit(t) // it may block
 		return
 	}
-	t.leave(err)
+	t.leave(nil)
 }
 
 // leaveRing takes a write that a worker is to do again off its plan, unless

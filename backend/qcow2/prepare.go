@@ -253,9 +253,10 @@ func (im *Image) takeFor(p *Plan, mode Mode) error {
 	return nil
 }
 
-// Commit publishes the mapping, when all bytes are in place. durable says that
-// the mapping was in the file already: the bytes need only be synced.
-func (im *Image) Commit(p *Plan) (durable bool, err error) {
+// Commit publishes the mapping, when all bytes are in place. It does no I/O and
+// cannot fail. durable says that the mapping was in the file already: the bytes
+// need only be synced.
+func (im *Image) Commit(p *Plan) (durable bool) {
 	durable = !p.unsynced && len(p.changes) == 0
 	for i := range p.changes {
 		c := &p.changes[i]
@@ -267,7 +268,7 @@ func (im *Image) Commit(p *Plan) (durable bool, err error) {
 		im.release(c.slice)
 	}
 	im.pins.leave(&p.pin)
-	return durable, nil
+	return durable
 }
 
 // Abort publishes nothing and gives back what Prepare took.

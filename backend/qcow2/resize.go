@@ -116,9 +116,7 @@ func (im *Image) mapData(from, to int64) error {
 		if err := im.Prepare(&p, from, n, MayBlock); err != nil {
 			return err
 		}
-		if _, err := im.Commit(&p); err != nil {
-			return err
-		}
+		im.Commit(&p)
 		from += n
 	}
 	return nil

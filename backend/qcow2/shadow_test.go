@@ -115,8 +115,7 @@ func (im *Image) put(p []byte, off int64, fua bool) error {
 		}
 		p = p[e.Length:]
 	}
-	durable, err := im.Commit(&plan)
-	if fua && !durable && err == nil {
+	if durable := im.Commit(&plan); fua && !durable {
 		err = im.Flush()
 	}
 	if len(p) > 0 {
