@@ -170,7 +170,8 @@ func (e *daemon) inFlight() (n int64) {
 	return s.Images[0].InFlight
 }
 
-// A write is dropped when its connection closes, whatever happens later.
+// A write does not run once its connection closes, whatever happens later. A client
+// that says so is answered first, as the protocol has it.
 func TestHoldDropsWithConnection(t *testing.T) {
 	t.Parallel()
 	image := randomImage(t, tmpfsDir(t), 1, 8*mib)
@@ -184,6 +185,11 @@ func TestHoldDropsWithConnection(t *testing.T) {
 	e.waitHeld(4)
 	closed.Close()
 	gone.send(cmdDisc, 0, 0, 0, nil)
+	for range 2 {
+		if rep := gone.receive(0, 0); rep.errno != nbdEPERM || !strings.Contains(rep.text, "disconnected") {
+			t.Errorf("%s %q", errName(rep.errno), rep.text)
+		}
+	}
 	gone.wantClosed(startTimeout)
 	e.waitHeld(0)
 	e.activate()

@@ -147,7 +147,7 @@ type conn struct {
 		held        []*task       // see hold.go
 		releasing   bool          // a task that was held is on its way
 		expiry      *time.Timer   // of held; nil before the first
-		leaving     bool          // the client has said so; held tasks are dropped
+		leaving     bool          // the client has said so; held tasks are refused
 		dead        bool          // nobody is left to answer; parked and held tasks are dropped
 		idle        chan struct{} // closed when tasks is 0, for who waits
 	}
@@ -203,7 +203,7 @@ func (c *conn) serve() error {
 func (c *conn) close(cause error) {
 	c.flush()
 	if cause == errDisconnect {
-		c.dropHeld() // it may take long, and the client does not wait for it
+		c.refuseHeld() // to wait for the activation may take long
 	}
 	if cause == errDisconnect || cause == errShutdown {
 		select {
@@ -271,24 +271,6 @@ func (c *conn) drop() {
 		t.forget()
 	}
 	c.pace.drop(c)
-}
-
-// dropHeld forgets held tasks and lets no more be held.
-func (c *conn) dropHeld() {
-	c.mu.Lock()
-	c.mu.leaving = true
-	held := c.takeHeldLocked(len(c.mu.held))
-	c.mu.Unlock()
-	for _, t := range held {
-		t.forget()
-	}
-}
-
-// holdsNone reports whether what was held is to be dropped.
-func (c *conn) holdsNone() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.mu.dead || c.mu.leaving
 }
 
 // tasksDone is closed when no task is left; more may start later.

@@ -126,3 +126,37 @@ func (c *conn) releaseNext() {
 		c.e.sched.submit(t)
 	}
 }
+
+// errLeaves refuses what is held when its client says that it leaves. It is told
+// so, since the protocol has each request answered that came before (NBD
+// specification, NBD_CMD_DISC).
+var errLeaves = &state.HeldError{Why: "its client has disconnected before it was activated"}
+
+// refuseHeld refuses held tasks and lets no more be held.
+func (c *conn) refuseHeld() {
+	c.mu.Lock()
+	c.mu.leaving = true
+	held := c.takeHeldLocked(len(c.mu.held))
+	c.mu.Unlock()
+	for _, t := range held {
+		t.conclude(errLeaves)
+	}
+}
+
+// endLate ends t, which was held, if its client has left or is leaving; otherwise
+// the answer is false.
+func (t *task) endLate() bool {
+	c := t.conn
+	c.mu.Lock()
+	leaving, dead := c.mu.leaving, c.mu.dead
+	c.mu.Unlock()
+	switch {
+	case leaving:
+		t.conclude(errLeaves)
+	case dead:
+		t.forget()
+	default:
+		return false
+	}
+	return true
+}

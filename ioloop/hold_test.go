@@ -146,7 +146,8 @@ func TestHeldOutlastFailedActivation(t *testing.T) {
 	}
 }
 
-// A write is dropped when its connection closes, in whatever way.
+// A write does not run once its connection closes, in whatever way. A client that
+// says so is answered before.
 func TestHeldDroppedWithConnection(t *testing.T) {
 	for name, leave := range map[string]func(c *client){
 		"close":      func(c *client) { c.nc.Close() },
@@ -162,6 +163,10 @@ func TestHeldDroppedWithConnection(t *testing.T) {
 			other.send(OpWrite, 0, 500_000, 512, contents[:512])
 			r.awaitHeld(3)
 			leave(c)
+			if name == "disconnect" {
+				c.refused("disconnected")
+				c.refused("disconnected")
+			}
 			c.end()
 			r.awaitHeld(1)
 			r.activate()
@@ -237,7 +242,7 @@ func TestLostWithoutHolding(t *testing.T) {
 	}
 }
 
-// What was held, and finds the gate closed again, is dropped too when its
+// What was held, and finds the gate closed again, is refused too when its
 // client has said that it leaves.
 func TestHeldAfterDisconnect(t *testing.T) {
 	h := hold(state.StepLoad)
@@ -262,7 +267,7 @@ func TestHeldAfterDisconnect(t *testing.T) {
 		if n := c.tasks.Load(); n != want || r.d.Stats().Held != want {
 			t.Errorf("leaving %v: %d tasks, %d held", leaving, n, r.d.Stats().Held)
 		}
-		c.dropHeld()
+		c.refuseHeld()
 	}
 	close(h.goOn)
 	await(t, active, "activation")

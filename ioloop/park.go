@@ -18,9 +18,7 @@ func (t *task) park() bool {
 	var err error
 	switch {
 	case c.mu.leaving && (v == state.Hold || v == state.Wait && t.chained):
-		c.mu.Unlock()
-		t.forget()
-		return true
+		err = errLeaves
 	case v == state.Hold || v == state.Wait && t.chained:
 		err = c.holdLocked(t)
 	case v == state.Wait:

@@ -25,8 +25,7 @@ func (t *task) try() (ended bool) {
 		t.conclude(t.fetch(false))
 		return true
 	}
-	if t.chained && c.holdsNone() {
-		t.forget()
+	if t.chained && t.endLate() {
 		return true
 	}
 	if !t.admitted && c.pace.wait(t) {
