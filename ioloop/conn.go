@@ -54,8 +54,6 @@ const (
 	findHolesAt  = 64 << 10  // reads from this size are asked for holes
 	maxTasks     = 1024      // of one connection, queued, running or parked
 
-	// goodbye is how long replies are still sent to a client that has left.
-	goodbye = 5 * time.Second
 	// lingering is how long a client may take to close its side when the
 	// engine shuts down.
 	lingering = time.Second
@@ -213,12 +211,7 @@ func (c *conn) close(cause error) {
 	}
 	c.drop() // parked writes were not acknowledged
 	<-c.tasksDone()
-	timer := time.NewTimer(goodbye)
-	select {
-	case <-c.out.flushed():
-	case <-timer.C:
-	}
-	timer.Stop()
+	c.out.farewell()
 	if cause == errShutdown {
 		c.linger()
 	}
