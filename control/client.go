@@ -101,16 +101,15 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	_, noJSON := errors.AsType[*json.SyntaxError](err)
 	var hello struct{ QMP *json.RawMessage }
 	err := c.during(ctx, func() error { return c.receive(&hello) })
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
-		process := ""
-		if pid := peerPID(nc); pid > 0 {
-			process = fmt.Sprintf(", pid %d,", pid)
-		}
-		err = fmt.Errorf("%s accepts connections but does not greet; does its process%s hang, is another client using it, or is it no control socket?", peer, process)
-	case err == nil && hello.QMP == nil:
+		err = noGreeting(c.silence())
+	case noJSON && c.isNBD():
+		err = fmt.Errorf("%s is no control socket: it is for NBD clients; give the path that the server has as --control", peer)
+	case noJSON || err == nil && hello.QMP == nil:
 		err = fmt.Errorf("%s is no control socket: it does not speak QMP", peer)
 	case err != nil && ctx.Err() == nil:
 		err = fmt.Errorf("%s is no control socket: no QMP greeting: %w", peer, c.explain(err))
@@ -123,6 +122,37 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 		return nil, err
 	}
 	return c, nil
+// noGreeting says that a server does not greet: a context.DeadlineExceeded.
+type noGreeting string
+
+func (e noGreeting) Error() string { return string(e) }
+
+func (noGreeting) Is(err error) bool { return err == context.DeadlineExceeded }
+
+// silence is the text of noGreeting.
+func (c *Client) silence() string {
+	if x, ok := c.nc.(*execConn); ok {
+		text := "nothing comes from " + c.peer + "; does it hang, or wait for a password, or does the server behind it hang or serve another client?"
+		if said := x.said.text(); said != "" {
+			text += " It says: " + said
+		}
+		return text
+	}
+	process := ""
+	if pid := peerPID(c.nc); pid > 0 {
+		process = fmt.Sprintf(", pid %d,", pid)
+	}
+	return fmt.Sprintf("%s accepts connections but does not greet; does its process%s hang, is another client using it, or is it no control socket?", c.peer, process)
+}
+
+// isNBD reports whether what came instead of a greeting is that of an NBD server.
+func (c *Client) isNBD() bool {
+	const magic = "NBDMAGIC"
+	b := make([]byte, len(magic))
+	_, err := io.ReadFull(c.in.Buffered(), b)
+	return err == nil && string(b) == magic
+}
+
 }
 
 // Close ends the connection.
@@ -178,6 +208,10 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 		return c.broken
 	}
 	if reply.Error != nil {
+	if reply.Return == nil {
+		c.broken = fmt.Errorf("%s: command %s: the answer has neither a result nor an error", c.peer, command)
+		return c.broken
+	}
 		return reply.Error
 	}
 	if result == nil {
@@ -209,7 +243,7 @@ func (c *Client) explain(err error) error {
 // during runs f, whose I/O fails when ctx ends.
 func (c *Client) during(ctx context.Context, f func() error) error {
 	if ctx.Err() != nil {
-		return context.Cause(ctx)
+		return causeOf(ctx)
 	}
 	over := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
@@ -222,9 +256,24 @@ func (c *Client) during(ctx context.Context, f func() error) error {
 	}
 	<-over
 	if err != nil {
-		return context.Cause(ctx)
+		return causeOf(ctx)
 	}
 	return c.nc.SetDeadline(time.Time{}) // it came just in time; the next may wait
+// tooLate is a context.DeadlineExceeded in words.
+type tooLate struct{}
+
+func (tooLate) Error() string { return "it did not answer in time" }
+
+func (tooLate) Is(err error) bool { return err == context.DeadlineExceeded }
+
+// causeOf is why ctx has ended.
+func causeOf(ctx context.Context) error {
+	if err := context.Cause(ctx); err != context.DeadlineExceeded {
+		return err
+	}
+	return tooLate{}
+}
+
 }
 
 // setActive are the arguments of blockdev-set-active.

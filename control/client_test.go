@@ -65,13 +65,22 @@ func speak(t *testing.T, text string) (client net.Conn) {
 
 func TestStrangers(t *testing.T) {
 	for text, want := range map[string]string{
-		"NBDMAGICIHAVEOPT":           "x is no control socket: no QMP greeting: invalid character 'N'",
+		"NBDMAGICIHAVEOPT":           "x is no control socket: it is for NBD clients; give the path that the server has as --control",
+		"SSH-2.0":                    "x is no control socket: it does not speak QMP",
 		`{"hello":1}`:                "x is no control socket: it does not speak QMP",
+		hello + `{"id":1}`:           "x: command qmp_capabilities: the answer has neither a result nor an error",
 		hello + `{"return":[]} xyz `: "x: command qmp_capabilities: invalid character 'x'",
 	} {
 		if _, err := NewClient(context.Background(), speak(t, text), "x"); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %s", text, err, want)
 		}
+	}
+	// Who answers too late is not told by the words of a library.
+	short, end := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer end()
+	_, err := NewClient(short, speak(t, hello), "x")
+	if !errors.Is(err, context.DeadlineExceeded) || err.Error() != "x: command qmp_capabilities: it did not answer in time" {
+		t.Errorf("half a greeting: %v", err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cancel()
