@@ -13,8 +13,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/nbd-export/nbd-export/state"
 )
 
 // greetingTimeout is how long a server may take to greet a client: one that
@@ -101,9 +99,9 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	_, noJSON := errors.AsType[*json.SyntaxError](err)
 	var hello struct{ QMP *json.RawMessage }
 	err := c.during(ctx, func() error { return c.receive(&hello) })
+	_, noJSON := errors.AsType[*json.SyntaxError](err)
 	switch {
 	case errors.Is(err, context.DeadlineExceeded):
 		err = noGreeting(c.silence())
@@ -122,6 +120,8 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
 // noGreeting says that a server does not greet: a context.DeadlineExceeded.
 type noGreeting string
 
@@ -151,8 +151,6 @@ func (c *Client) isNBD() bool {
 	b := make([]byte, len(magic))
 	_, err := io.ReadFull(c.in.Buffered(), b)
 	return err == nil && string(b) == magic
-}
-
 }
 
 // Close ends the connection.
@@ -208,11 +206,11 @@ func (c *Client) Execute(ctx context.Context, command string, args, result any) 
 		return c.broken
 	}
 	if reply.Error != nil {
+		return reply.Error
+	}
 	if reply.Return == nil {
 		c.broken = fmt.Errorf("%s: command %s: the answer has neither a result nor an error", c.peer, command)
 		return c.broken
-	}
-		return reply.Error
 	}
 	if result == nil {
 		return nil
@@ -259,6 +257,8 @@ func (c *Client) during(ctx context.Context, f func() error) error {
 		return causeOf(ctx)
 	}
 	return c.nc.SetDeadline(time.Time{}) // it came just in time; the next may wait
+}
+
 // tooLate is a context.DeadlineExceeded in words.
 type tooLate struct{}
 
@@ -274,11 +274,9 @@ func causeOf(ctx context.Context) error {
 	return tooLate{}
 }
 
-}
-
 // setActive are the arguments of blockdev-set-active.
 type setActive struct {
-	Node        string   `json:"node-name,omitempty"`
+	Node        *string  `json:"node-name,omitempty"`
 	Nodes       []string `json:"x-node-names,omitempty"`
 	Active      bool     `json:"active"`
 	IfUnchanged bool     `json:"x-if-unchanged,omitempty"`
@@ -289,7 +287,7 @@ type setActive struct {
 func (c *Client) setActive(ctx context.Context, a setActive, nodes []string) error {
 	// QEMU knows one node or all; several as one group are our extension.
 	if len(nodes) == 1 {
-		a.Node = nodes[0]
+		a.Node = &nodes[0] // "" too, which is no node, and not all of them
 	} else {
 		a.Nodes = nodes
 	}
@@ -300,16 +298,6 @@ func (c *Client) setActive(ctx context.Context, a setActive, nodes []string) err
 // none is named. It returns when that is done, or has failed.
 func (c *Client) SetActive(ctx context.Context, active bool, nodes ...string) error {
 	return c.setActive(ctx, setActive{Active: active}, nodes)
-}
-
-// Activate is SetActive with options.
-func (c *Client) Activate(ctx context.Context, opt state.ActivateOptions, nodes ...string) error {
-	return c.setActive(ctx, setActive{Active: true, IfUnchanged: opt.IfUnchanged}, nodes)
-}
-
-// Inactivate is SetActive with options.
-func (c *Client) Inactivate(ctx context.Context, opt InactivateOptions, nodes ...string) error {
-	return c.setActive(ctx, setActive{Abandon: opt.Abandon}, nodes)
 }
 
 // Cancel stops an inactivation that has not closed the gate yet, on another

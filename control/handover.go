@@ -37,7 +37,8 @@ type Order struct {
 	Name        string // for TakeBack
 	Active      bool
 	IfUnchanged bool
-	Nodes       []string // at least one
+	Abandon     bool     // with Active false: give up failed images too
+	Nodes       []string // at least one, but for Give
 }
 
 // HandoverOptions refine Handover.
@@ -137,9 +138,11 @@ func (h *handover) end(o HandoverOutcome, err error) {
 	h.useless = errors.Is(err, errSameProcess)
 }
 
-func (h *handover) interrupted() bool {
+func (h *handover) interrupted() bool { return isClosed(h.opt.Interrupt) }
+
+func isClosed(c <-chan struct{}) bool {
 	select {
-	case <-h.opt.Interrupt:
+	case <-c:
 		return true
 	default:
 		return false
@@ -356,27 +359,32 @@ func (h *handover) fate(s Side, o Order) (f fate, why error) {
 		what = "the destination"
 	}
 	_ = h.step("ask", what, func(ctx context.Context) error {
-		for pause := fatePause; ; pause = min(2*pause, 10*fatePause) {
-			if s.Gone() {
-				f, why = fateGone, nil
-				return nil
-			}
-			var settled bool
-			if f, settled, why = h.glance(ctx, s, o); settled {
-				return why
-			}
-			select {
-			case <-time.After(pause):
-			case <-ctx.Done():
-				return why
-			}
-		}
+		f, why = fateOf(ctx, s, o)
+		return why
 	})
 	return f, why
 }
 
-// glance is one look of fate. It is settled if another would see the same.
-func (h *handover) glance(ctx context.Context, s Side, o Order) (f fate, settled bool, why error) {
+// fateOf is fate until ctx ends.
+func fateOf(ctx context.Context, s Side, o Order) (f fate, why error) {
+	for pause := fatePause; ; pause = min(2*pause, 10*fatePause) {
+		if s.Gone() {
+			return fateGone, nil
+		}
+		var settled bool
+		if f, settled, why = glance(ctx, s, o); settled {
+			return f, why
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return f, why
+		}
+	}
+}
+
+// glance is one look of fateOf. It is settled if another would see the same.
+func glance(ctx context.Context, s Side, o Order) (f fate, settled bool, why error) {
 	ctx, cancel := context.WithTimeout(ctx, fatePatience)
 	defer cancel()
 	running, err := s.TakeBack(ctx, o)

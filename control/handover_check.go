@@ -19,7 +19,7 @@ var errSameProcess = errors.New("the source and the destination are the same pro
 func (h *handover) check() error {
 	var from, to Status
 	err := h.step("check", "both sides", func(ctx context.Context) error {
-		ctx, cancel := h.interruptible(ctx)
+		ctx, cancel := interruptible(ctx, h.opt.Interrupt)
 		defer cancel()
 		return both(
 			func() (err error) { from, err = settled(ctx, h.from); return sideError("source", err) },
@@ -30,7 +30,7 @@ func (h *handover) check() error {
 	}
 	if err == nil {
 		err = h.step("compare", "the images of both", func(ctx context.Context) (err error) {
-			ctx, cancel := h.interruptible(ctx)
+			ctx, cancel := interruptible(ctx, h.opt.Interrupt)
 			defer cancel()
 			h.pairs, err = SameImages(ctx, prover{h.from, "source"}, prover{h.to, "destination"}, h.opt.AssumeSameImage, h.opt.Nodes...)
 			for range 3 {
@@ -55,13 +55,13 @@ func (h *handover) check() error {
 	return err
 }
 
-// interruptible is ctx until the handover is to stop where that is safe.
-func (h *handover) interruptible(ctx context.Context) (context.Context, func()) {
+// interruptible is ctx until interrupt asks to stop where that is safe.
+func interruptible(ctx context.Context, interrupt <-chan struct{}) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	done := make(chan struct{})
 	go func() {
 		select {
-		case <-h.opt.Interrupt:
+		case <-interrupt:
 			cancel(errInterrupted)
 		case <-done:
 		}

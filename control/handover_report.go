@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -109,34 +110,35 @@ func (h *handover) look() {
 	for _, p := range h.pairs {
 		froms, tos = append(froms, p.A.Node), append(tos, p.B.Node)
 	}
-	if h.ctx.Err() != nil {
-		for _, s := range []*HandoverSide{&h.report.From, &h.report.To} {
-			s.State, s.Error = stateUnknown, "it was not asked"
-		}
+	// It does not change what came of the handover.
+	var wg sync.WaitGroup
+	wg.Go(func() { askSide(h.ctx, h.from, &h.report.From, froms, h.opt.Timeout) })
+	wg.Go(func() { askSide(h.ctx, h.to, &h.report.To, tos, h.opt.Timeout) })
+	wg.Wait()
+}
+
+// askSide fills side with what s says now of these nodes, within patience or
+// lookPatience.
+func askSide(ctx context.Context, s Side, side *HandoverSide, nodes []string, patience time.Duration) {
+	side.State = stateUnknown
+	if ctx.Err() != nil {
+		side.Error = "it was not asked"
 		return
 	}
-	ctx, cancel := context.WithTimeout(h.ctx, min(lookPatience, h.opt.Timeout))
+	ctx, cancel := context.WithTimeout(ctx, min(lookPatience, patience))
 	defer cancel()
-	ask := func(s Side, side *HandoverSide, nodes []string) func() error {
-		return func() error {
-			side.State = stateUnknown
-			now, err := s.Status(ctx)
-			if err != nil && ctx.Err() == nil && !s.Gone() {
-				now, err = s.Status(ctx) // on a new connection
-			}
-			if err != nil {
-				side.Error = err.Error()
-				return err
-			}
-			side.State = now.states(nodes)
-			for _, i := range now.Images {
-				side.Images = append(side.Images, HandoverState{Node: i.Node, Image: i.Image, State: i.State, Epoch: i.Epoch})
-			}
-			return nil
-		}
+	now, err := s.Status(ctx)
+	if err != nil && ctx.Err() == nil && !s.Gone() {
+		now, err = s.Status(ctx) // on a new connection
 	}
-	// It does not change what came of the handover.
-	_ = both(ask(h.from, &h.report.From, froms), ask(h.to, &h.report.To, tos))
+	if err != nil {
+		side.Error = err.Error()
+		return
+	}
+	side.State = now.states(nodes)
+	for _, i := range now.Images {
+		side.Images = append(side.Images, HandoverState{Node: i.Node, Image: i.Image, State: i.State, Epoch: i.Epoch})
+	}
 }
 
 // conclude says what to do next, for outcomes that ask for it.

@@ -340,7 +340,7 @@ func TestHandoverOverdue(t *testing.T) {
 		t.Error(err)
 	}
 	// The source is told to leave it, and goes on as before once it can.
-	if _, settled, why := h.glance(t.Context(), p, o); settled || why == nil || !strings.Contains(why.Error(), "still under way (/srv/a.img: sync-ahead for ") {
+	if _, settled, why := glance(t.Context(), p, o); settled || why == nil || !strings.Contains(why.Error(), "still under way (/srv/a.img: sync-ahead for ") {
 		t.Error(settled, why)
 	}
 	close(stuck)

@@ -191,7 +191,7 @@ func (p *Peer) Identify(ctx context.Context, nonce string, nodes ...string) (lis
 func (p *Peer) SetActive(ctx context.Context, o Order) error {
 	return p.with(ctx, func(c *Client) error {
 		if p.Extended() {
-			return c.setActive(ctx, setActive{Active: o.Active, IfUnchanged: o.IfUnchanged, Order: o.Name}, o.Nodes)
+			return c.setActive(ctx, setActive{Active: o.Active, IfUnchanged: o.IfUnchanged, Abandon: o.Abandon, Order: o.Name}, o.Nodes)
 		}
 		if len(o.Nodes) > 1 {
 			// It knows one node or all, and the caller has seen that it is all.

@@ -241,6 +241,7 @@ func TestOwnership(t *testing.T) {
 	check(c.SetActive(ctx, false, "image2-file", "image2"), "", on, off, off)
 	check(c.SetActive(ctx, true, "image2-file"), "", on, off, off) // the file node alone
 	check(c.SetActive(ctx, true, "image2"), "", on, off, on)
+	check(c.SetActive(ctx, false, ""), "Failed to find node with node-name=''", on, off, on)
 
 	b.images[1].acquire = func() error { return errors.New(`Failed to get "write" lock`) }
 	check(c.SetActive(ctx, true, "image1", "image0"), `cannot activate image /srv/b.img: Failed to get "write" lock`, on, off, on)
@@ -255,8 +256,8 @@ func TestOwnership(t *testing.T) {
 	b.images[0].settle = func() error { return lost{} }
 	check(c.SetActive(ctx, false, "image0", "image2"),
 		"Failed to inactivate node: cannot inactivate image /srv/a.img: settle: input/output error", state.FailedIO, off, on)
-	check(c.Inactivate(ctx, InactivateOptions{}), "Failed to inactivate all nodes: cannot inactivate image /srv/a.img: it is failed(io): ", state.FailedIO, off, on)
-	check(c.Inactivate(ctx, InactivateOptions{Abandon: true}), "", off, off, off)
+	check(c.SetActive(ctx, false), "Failed to inactivate all nodes: cannot inactivate image /srv/a.img: it is failed(io): ", state.FailedIO, off, on)
+	check(c.setActive(ctx, setActive{Abandon: true}, nil), "", off, off, off)
 
 	s, err := c.Status(ctx)
 	if err != nil {
@@ -280,11 +281,11 @@ func TestIfUnchanged(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := dial(t, b.listen(t, Config{}))
-	err := c.Activate(context.Background(), state.ActivateOptions{IfUnchanged: true})
+	err := c.setActive(context.Background(), setActive{Active: true, IfUnchanged: true}, nil)
 	if err == nil || !strings.Contains(err.Error(), "image was modified while inactive") {
 		t.Errorf("got %v", err)
 	}
-	if err := c.Activate(context.Background(), state.ActivateOptions{}); err != nil {
+	if err := c.SetActive(context.Background(), true); err != nil {
 		t.Error(err)
 	}
 }

@@ -1,15 +1,12 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/signal"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -57,6 +54,9 @@ stops at once; at most one side owns the images then too.`,
 			case opt.Timeout <= 0:
 				return usageError{fmt.Errorf("handover: --timeout %v is not a time to wait", opt.Timeout)}
 			}
+			if err := noEmptyNode(cmd, opt.Nodes); err != nil {
+				return err
+			}
 			if !asJSON && isTerminal(os.Stderr) {
 				opt.Progress = progress(cmd.ErrOrStderr())
 			}
@@ -76,7 +76,7 @@ stops at once; at most one side owns the images then too.`,
 	f := cmd.Flags()
 	f.StringVar(&from, "from", "", "control socket `CTL` of the source, which owns the images now (required)")
 	f.StringVar(&to, "to", "", "control socket `CTL` of the destination (required)")
-	f.StringArrayVar(&opt.Nodes, "node", nil, "only the image with node `NAME` at the source, as status shows it; may be repeated")
+	nodeFlag(cmd, &opt.Nodes, " at the source")
 	f.DurationVar(&opt.Timeout, "timeout", 10*time.Second, "`TIME` that each side may take over an order, and again to find out what became of one that it did not answer")
 	f.BoolVar(&opt.AssumeSameImage, "assume-same-image", false, "go on where it cannot be proven that both have the same image")
 	f.BoolVar(&asJSON, "json", false, "print JSON, for scripts")
@@ -90,26 +90,9 @@ stops at once; at most one side owns the images then too.`,
 // handOver is control.Handover between two control sockets, where Ctrl-C means
 // to stop where that is safe, and a second one at once.
 func handOver(from, to string, opt control.HandoverOptions) control.HandoverReport {
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	signals, interrupt := make(chan os.Signal, 2), make(chan struct{})
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	defer signal.Stop(signals)
+	ctx, interrupt, stop := interrupts()
+	defer stop()
 	opt.Interrupt = interrupt
-	go func() {
-		for n := 0; ; n++ {
-			select {
-			case <-signals:
-			case <-ctx.Done():
-				return
-			}
-			if n > 0 {
-				cancel()
-				return
-			}
-			close(interrupt)
-		}
-	}()
 	a, b := control.NewPeer(from), control.NewPeer(to)
 	defer a.Close()
 	defer b.Close()

@@ -134,7 +134,7 @@ func TestStatusesAligned(t *testing.T) {
 // A script that reads JSON is told of a failure in JSON.
 func TestJSONOfFailures(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none")
-	for _, args := range [][]string{{"status", "--json", "--control", none}, {"who", "--json", none}} {
+	for _, args := range [][]string{{"status", "--json", "--control", none}, {"who", "--json", none}, {"activate", "--json", "--control", none}, {"inactivate", "--json", "--control", none}, {"handover", "--json", "--from", none, "--to", none + "2"}} {
 		root := newRootCommand(nil)
 		var out, errOut bytes.Buffer
 		root.SetOut(&out)

@@ -1,0 +1,179 @@
+package control
+
+import (
+	"context"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/nbd-export/nbd-export/state"
+)
+
+// What comes of an order to one server, whatever happens to it.
+func TestGive(t *testing.T) {
+	type want struct {
+		outcome OrderOutcome
+		next    bool
+	}
+	for tr, w := range map[trouble]want{
+		fine:       {OrderDone, false},
+		done:       {OrderDone, false},
+		slow:       {OrderDone, false},
+		muteDone:   {OrderUnknown, true},
+		fails:      {OrderRefused, false},
+		vanishes:   {OrderRefused, true},
+		late:       {OrderRefused, true},
+		mute:       {OrderUnknown, true},
+		goneBefore: {OrderUnknown, false},
+	} {
+		carriedOut := tr == fine || tr == done || tr == slow || tr == muteDone
+		for _, activate := range []bool{false, true} {
+			synctest.Test(t, func(t *testing.T) {
+				s := newFakeStore(2)
+				a := newFakeSide("a", s, !activate)
+				order := "inactivate"
+				if activate {
+					order = "activate"
+				}
+				a.trouble[order] = tr
+				began := time.Now()
+				r := Give(context.Background(), a, Order{Active: activate}, OrderOptions{Timeout: 10 * time.Second})
+				if d := time.Since(began); d > 25*time.Second {
+					t.Errorf("%s, %q: it took %v", order, tr, d)
+				}
+				if r.Outcome != w.outcome || (r.Next != "") != w.next || (r.Err() == nil) != r.Outcome.Good() || (r.Error == "") != r.Outcome.Good() {
+					t.Errorf("%s, %q: %+v", order, tr, r)
+				}
+				if next := "nbd-export " + order + " --control a --timeout 10s"; w.next && r.Next != next {
+					t.Errorf("next is %s", r.Next)
+				}
+				// What was still on its way comes to nothing.
+				a.arrive()
+				owns := len(s.images[0].owners) > 0
+				if wantOwns := activate == carriedOut; !a.dead && owns != wantOwns {
+					t.Errorf("%s, %q: it owns its images: %v", order, tr, owns)
+				}
+				a.trouble, a.silent = nil, false
+				r = Give(context.Background(), a, Order{Active: activate}, OrderOptions{})
+				again := OrderDone
+				switch {
+				case a.dead:
+					again = OrderRefused
+				case carriedOut:
+					again = OrderAlready
+				}
+				if r.Outcome != again {
+					t.Errorf("%s, %q, again: %+v", order, tr, r)
+				}
+			})
+		}
+	}
+}
+
+// A server that does not answer at all is ordered nothing, and one without a limit
+// is waited for.
+func TestGiveTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newFakeStore(1)
+		a := newFakeSide("a b", s, true)
+		a.silent = true
+		began := time.Now()
+		r := Give(context.Background(), a, Order{Nodes: []string{"image0"}, Abandon: true}, OrderOptions{Timeout: 3 * time.Second})
+		if d := time.Since(began); r.Outcome != OrderRefused || d != 3*time.Second {
+			t.Errorf("%+v after %v", r, d)
+		}
+		if want := "nbd-export inactivate --control 'a b' --node image0 --abandon --timeout 3s"; r.Next != want {
+			t.Errorf("next is %s", r.Next)
+		}
+		if a.orders != nil {
+			t.Errorf("it was ordered %v", a.orders)
+		}
+		a.silent = false
+		a.hook = func(Order) { time.Sleep(time.Hour) }
+		if r = Give(context.Background(), a, Order{}, OrderOptions{}); r.Outcome != OrderDone || r.Milliseconds != 3_600_000 {
+			t.Errorf("%+v", r)
+		}
+	})
+}
+
+// An interrupt takes the order back if that is possible.
+func TestGiveInterrupted(t *testing.T) {
+	b := newBed(t, 2)
+	b.activate(t)
+	p := NewPeer(b.listen(t, Config{}))
+	defer p.Close()
+	interrupt := make(chan struct{})
+	// While writes are served it goes back, also what is about all images.
+	b.images[1].syncAhead = func(ctx context.Context) error {
+		close(interrupt)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	r := Give(t.Context(), p, Order{}, OrderOptions{Interrupt: interrupt})
+	if r.Outcome != OrderCancelled || !r.Interrupted || !strings.Contains(r.Err().Error(), "; it is active; next: nbd-export inactivate --control ") {
+		t.Errorf("%+v", r)
+	}
+	b.want(t, state.Active)
+	b.images[1].syncAhead = nil
+	// Nothing is ordered after one.
+	r = Give(t.Context(), p, Order{}, OrderOptions{Interrupt: interrupt})
+	if r.Outcome != OrderCancelled || !strings.Contains(r.Error, "before anything was ordered") {
+		t.Errorf("%+v", r)
+	}
+	b.want(t, state.Active)
+	// Behind the closed gate it is too late.
+	interrupt = make(chan struct{})
+	b.images[0].settle = func() error { close(interrupt); return nil }
+	if r = Give(t.Context(), p, Order{}, OrderOptions{Interrupt: interrupt}); r.Outcome != OrderDone || !r.Interrupted || r.Server.State != "inactive" {
+		t.Errorf("%+v", r)
+	}
+	b.want(t, state.Inactive)
+}
+
+// One that was not answered is ended as long as writes are served.
+func TestGiveUnanswered(t *testing.T) {
+	b := newBed(t, 1)
+	b.activate(t)
+	p := NewPeer(b.listen(t, Config{}))
+	defer p.Close()
+	begun, result := make(chan struct{}), make(chan error, 1)
+	b.images[0].syncAhead = func(ctx context.Context) error {
+		close(begun)
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
+	g := &giving{ctx: t.Context(), side: p, order: Order{Name: "x"}, about: []string{"image0"}}
+	go func() { result <- p.SetActive(t.Context(), g.order) }()
+	<-begun
+	g.find(errBroken)
+	if g.report.Outcome != OrderRefused || !strings.Contains(g.report.Error, "did not carry out the order, which was taken back: "+errBroken.Error()) {
+		t.Errorf("%+v", g.report)
+	}
+	if err := <-result; !answered(err) {
+		t.Error(err)
+	}
+	b.want(t, state.Active)
+}
+
+// QEMU's daemon is asked for nothing that it would do otherwise than ordered.
+func TestGivePlain(t *testing.T) {
+	s := newFakeStore(3)
+	a := newFakeSide("a", s, true)
+	a.plain = true
+	for want, o := range map[string]Order{
+		"server at a: QEMU's storage daemon cannot do that: --abandon":                                        {Abandon: true},
+		"server at a: QEMU's storage daemon cannot do that: --if-unchanged":                                   {Active: true, IfUnchanged: true},
+		"QEMU's storage daemon at a moves one node or all of them, not 2 of 3; name one with --node, or none": {Nodes: []string{"image0", "image1"}},
+	} {
+		if r := Give(t.Context(), a, o, OrderOptions{}); r.Outcome != OrderRefused || r.Error != want || r.Next != "" {
+			t.Errorf("%+v, want %s", r, want)
+		}
+	}
+	if a.orders != nil {
+		t.Errorf("it was ordered %v", a.orders)
+	}
+	if r := Give(t.Context(), a, Order{Nodes: []string{"image0"}}, OrderOptions{}); r.Outcome != OrderDone {
+		t.Errorf("%+v", r)
+	}
+}
