@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/nbd-export/nbd-export/control"
 )
@@ -54,6 +55,9 @@ func run(root *cobra.Command, args []string) int {
 	}
 	if status, ok := errors.AsType[exitStatus](err); ok {
 		return int(status)
+	}
+	if _, unknown := errors.AsType[*pflag.NotExistError](err); unknown && cmd == root && !strings.HasPrefix(args[0], "-") {
+		err = root.Args(root, args) // it is the flag of a verb that there is not
 	}
 	text := strings.ReplaceAll(strings.TrimSpace(inWords(err)), "\n", "; ")
 	// What fails before a verb runs is its flags or arguments.
