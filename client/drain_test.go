@@ -18,7 +18,7 @@ import (
 )
 
 // smallestPipe is one page: every splice is a part of what is there.
-const smallestPipe = 4096
+var smallestPipe = os.Getpagesize()
 
 func setPipe(t *testing.T, d *drain, size int) {
 	t.Helper()
