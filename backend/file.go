@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 
@@ -15,6 +16,13 @@ const (
 	inlineTmpfs  = 256 << 10
 	inlineCached = 64 << 10
 	pageSize     = 4096
+)
+
+// cachePage is the size of what the page cache keeps, in bytes, and cacheShift its
+// logarithm: with some arm64 kernels it is 16 or 64 KiB.
+var (
+	cachePage  = int64(unix.Getpagesize())
+	cacheShift = bits.TrailingZeros64(uint64(cachePage))
 )
 
 // File is an open host file: one open file description, or with O_DIRECT two

@@ -17,7 +17,7 @@ func (f *File) InlineWrite(off int64, n int) bool {
 	case f.traits.Tmpfs:
 		return n <= inlineTmpfs
 	default:
-		return f.traits.inlineWrites && n <= inlineCached && (off|int64(n))%pageSize == 0
+		return f.traits.inlineWrites && n <= inlineCached && (off|int64(n))&(cachePage-1) == 0
 	}
 }
 

@@ -36,7 +36,7 @@ func (h *pageHook) waits(c *conn) {
 
 const (
 	laterSize  = fileMin
-	laterReads = 128 // twice what a socket holds
+	laterReads = 256 // at least twice what a socket holds, more with pages of 16 KiB
 )
 
 func laterOffset(i int64) int64 { return i * 4096 }

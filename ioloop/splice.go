@@ -1,6 +1,8 @@
 package ioloop
 
 import (
+	"math/bits"
+	"os"
 	"unsafe"
 
 	"github.com/nbd-export/nbd-export/backend"
@@ -45,6 +47,13 @@ const (
 	spliceFew = 4
 )
 
+// cachePage is the size of what is spliced, in bytes, and cacheShift its logarithm:
+// with some arm64 kernels it is 16 or 64 KiB.
+var (
+	cachePage  = int64(os.Getpagesize())
+	cacheShift = bits.TrailingZeros64(uint64(cachePage))
+)
+
 // toSplice is what the gaps of a reply buffer are, for splicing.
 type toSplice struct {
 	bytes  int
@@ -55,11 +64,11 @@ type toSplice struct {
 
 // add notes a gap, which is all of e.
 func (l *toSplice) add(e *backend.Extent) {
-	l.last = 1 + int((e.Offset+e.Length-1)/pageSize-e.Offset/pageSize) + 1
+	l.last = 1 + int((e.Offset+e.Length-1)>>cacheShift-e.Offset>>cacheShift) + 1
 	l.slots += l.last
 	l.bytes += int(e.Length)
 	// A page that is spliced for less than its size is more than the socket counts.
-	l.copied = l.copied || !e.Fixed || e.Length < pageSize
+	l.copied = l.copied || !e.Fixed || e.Length < cachePage
 }
 
 // full reports whether the pipe has no room for another gap like the last.
