@@ -106,9 +106,9 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	case errors.Is(err, context.DeadlineExceeded):
 		err = noGreeting(c.silence())
 	case noJSON && c.isNBD():
-		err = fmt.Errorf("%s is no control socket: it is for NBD clients; give the path that the server has as --control", peer)
+		err = fmt.Errorf("%s %w: it is for NBD clients; give the path that the server has as --control", peer, errStranger)
 	case noJSON || err == nil && hello.QMP == nil:
-		err = fmt.Errorf("%s is no control socket: it does not speak QMP", peer)
+		err = fmt.Errorf("%s %w: it does not speak QMP", peer, errStranger)
 	case err != nil && ctx.Err() == nil:
 		err = fmt.Errorf("%s is no control socket: no QMP greeting: %w", peer, c.explain(err))
 	}
@@ -121,6 +121,9 @@ func NewClient(ctx context.Context, nc net.Conn, peer string) (*Client, error) {
 	}
 	return c, nil
 }
+
+// errStranger is what another program is, which will not become one of ours.
+var errStranger = errors.New("is no control socket")
 
 // noGreeting says that a server does not greet: a context.DeadlineExceeded.
 type noGreeting string

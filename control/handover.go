@@ -47,7 +47,7 @@ type HandoverOptions struct {
 	Nodes []string
 	// Timeout is how long each side may take over an order; it may take as
 	// long again to find out what became of one that was not answered.
-	// 10 s when zero.
+	// handoverTimeout when zero.
 	Timeout time.Duration
 	// AssumeSameImage goes on where it cannot be proven that both sides have
 	// the same image, or disproven.
@@ -61,6 +61,9 @@ type HandoverOptions struct {
 	Progress func(step HandoverStep, ended bool)
 }
 
+// handoverTimeout is the usual HandoverOptions.Timeout.
+const handoverTimeout = 10 * time.Second
+
 // Handover moves the ownership of images from one side to the other, as a
 // group, and says what came of it. At no point is there more than one owner:
 // the source gives up first, and takes back only what the destination has
@@ -73,7 +76,7 @@ type HandoverOptions struct {
 // docs/handover.md for what follows each failure.
 func Handover(ctx context.Context, from, to Side, opt HandoverOptions) HandoverReport {
 	if opt.Timeout <= 0 {
-		opt.Timeout = 10 * time.Second
+		opt.Timeout = handoverTimeout
 	}
 	h := &handover{ctx: ctx, from: from, to: to, opt: opt, name: rand.Text()}
 	h.report.From.Control, h.report.To.Control = from.Name(), to.Name()
@@ -96,6 +99,7 @@ type handover struct {
 	take     []string // nodes of to that are to be activated
 	gap      time.Time
 	useless  bool // to try it again
+	lasts    bool // why it ended, until somebody does something about it
 	report   HandoverReport
 }
 
@@ -136,6 +140,7 @@ var errStopped = errors.New("stopped at once, as told, between inactivating the 
 func (h *handover) end(o HandoverOutcome, err error) {
 	h.report.Outcome, h.report.Error = o, errorText(err)
 	h.useless = errors.Is(err, errSameProcess)
+	h.lasts = lasts(err)
 }
 
 func (h *handover) interrupted() bool { return isClosed(h.opt.Interrupt) }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -52,7 +53,34 @@ func (h *handover) check() error {
 	if err != nil && h.interrupted() {
 		return errInterrupted
 	}
+	if _, notAsked := errors.AsType[unasked](err); err != nil && !notAsked && !errors.Is(err, errBusy) && !errors.Is(err, context.DeadlineExceeded) {
+		err = finding{err}
+	}
 	return err
+}
+
+// finding is what the images are like, which forbids a handover.
+type finding struct{ error }
+
+func (f finding) Unwrap() error { return f.error }
+
+// errBusy is what may be otherwise in a moment.
+var errBusy = errors.New("try again")
+
+// lasts reports whether what err says stays so, as far as is known, until somebody
+// does something about it: a side has said no, or is not there, or the images are
+// not fit. What was not answered, or not in time, may be answered the next time.
+func lasts(err error) bool {
+	_, found := errors.AsType[finding](err)
+	if found || answered(err) {
+		return true
+	}
+	for _, errno := range [...]syscall.Errno{syscall.ENOENT, syscall.ENOTDIR, syscall.ECONNREFUSED, syscall.EACCES, syscall.EPERM, syscall.EINVAL} {
+		if errors.Is(err, errno) {
+			return true
+		}
+	}
+	return errors.Is(err, errStranger)
 }
 
 // interruptible is ctx until interrupt asks to stop where that is safe.
@@ -103,8 +131,13 @@ func sideError(role string, err error) error {
 	if answered(err) {
 		return fmt.Errorf("the %s answers: %w", role, err)
 	}
-	return fmt.Errorf("the %s cannot be asked: %w", role, err)
+	return unasked{fmt.Errorf("the %s cannot be asked: %w", role, err)}
 }
+
+// unasked is why a side has not answered a question.
+type unasked struct{ error }
+
+func (u unasked) Unwrap() error { return u.error }
 
 // settled is a side's status once no transition is under way there, or as it
 // is when ctx is about to end: another handover may be at work, or a command
@@ -160,8 +193,12 @@ func (h *handover) plan(from, to *Status) error {
 		case a.State == stateInactive && b.State == stateActive: // as it should be
 			continue
 		default:
-			return fmt.Errorf("%s is %s at the source and %s at the destination%s%s", a.Image, a.State, b.State,
+			err := fmt.Errorf("%s is %s at the source and %s at the destination%s%s", a.Image, a.State, b.State,
 				failedText(h.from, a), failedText(h.to, b))
+			if a.State.moving() || b.State.moving() {
+				err = fmt.Errorf("%w: %w", err, errBusy)
+			}
+			return err
 		}
 		switch {
 		case p.B.Unusable != "":

@@ -3,8 +3,10 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -120,7 +122,7 @@ func (f *fakeSide) reach(ctx context.Context) error {
 	f.store.mu.Unlock()
 	switch {
 	case dead:
-		return errors.New("no server answers at " + f.name)
+		return fmt.Errorf("no server answers at %s: %w", f.name, syscall.ECONNREFUSED)
 	case silent:
 		<-ctx.Done()
 		return ctx.Err()

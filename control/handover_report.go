@@ -37,10 +37,12 @@ func (o HandoverOutcome) Good() bool { return o == HandoverMoved || o == Handove
 type HandoverReport struct {
 	Outcome HandoverOutcome `json:"outcome"`
 	// Error is what went wrong, "" if nothing did, and Next the command to
-	// run then; IfGone is the one instead for who knows that the side which
-	// does not answer has ended for good.
+	// run then: at once if Retry is set, otherwise once the cause is gone, which it
+	// will not be by itself, as far as is known. IfGone is the one instead for who
+	// knows that the side which does not answer has ended for good.
 	Error  string `json:"error,omitempty"`
 	Next   string `json:"next,omitempty"`
+	Retry  bool   `json:"retry"`
 	IfGone string `json:"next-if-gone,omitempty"`
 	// Interrupted: it was asked to stop, wherever it was then.
 	Interrupted bool `json:"interrupted,omitempty"`
@@ -148,7 +150,7 @@ func (h *handover) conclude() {
 		return
 	}
 	inactive := string(stateInactive)
-	r.Next = h.command()
+	r.Next, r.Retry = h.command(), !h.lasts && !h.from.Gone() && !h.to.Gone()
 	switch {
 	case r.From.State == stateUnknown && r.To.State == inactive:
 		// The source takes nothing back that it wrote, so there is nothing to
@@ -175,7 +177,7 @@ func (h *handover) takeOver(silent Side, order string, other Side, nodes []strin
 		command += nodeFlags(nodes)
 	}
 	if silent.Gone() {
-		h.report.Next = command
+		h.report.Next, h.report.Retry = command, true
 	} else {
 		h.report.IfGone = command
 	}
@@ -188,6 +190,9 @@ func (h *handover) command() string {
 	b.WriteString(nodeFlags(h.opt.Nodes))
 	if h.opt.AssumeSameImage {
 		b.WriteString(" --assume-same-image")
+	}
+	if h.opt.Timeout > handoverTimeout { // one that was too short is not to be given again
+		fmt.Fprintf(&b, " --timeout %v", h.opt.Timeout)
 	}
 	return b.String()
 }
@@ -219,8 +224,11 @@ func (r *HandoverReport) Err() error {
 		return nil
 	}
 	text := r.Error + "; " + r.From.text("source") + ", " + r.To.text("destination")
-	if r.Next != "" {
+	switch {
+	case r.Retry:
 		text += "; next: " + r.Next
+	case r.Next != "":
+		text += "; once the cause is gone: " + r.Next
 	}
 	if r.IfGone != "" {
 		role := "destination"

@@ -146,7 +146,15 @@ func (c handoverCase) judge(t *testing.T, r *HandoverReport, a, b *fakeSide) {
 		}
 		return
 	}
-	next := c.next
+	next, when := c.next, "next: "
+	// Who has said no will say so again, and who has ended stays away.
+	lasts := next == "again" && (strings.Contains(r.Error, "does not want to") || a.dead || b.dead)
+	if r.Retry == lasts {
+		t.Errorf("%s: to be run again at once: %v", r.Error, r.Retry)
+	}
+	if lasts {
+		when = "once the cause is gone: "
+	}
 	if next == "again" {
 		next = againCommand
 	}
@@ -154,7 +162,7 @@ func (c handoverCase) judge(t *testing.T, r *HandoverReport, a, b *fakeSide) {
 		t.Errorf("next %q, want %q", r.Next, next)
 	}
 	if err == nil || !strings.Contains(err.Error(), r.From.text("source")) || !strings.Contains(err.Error(), r.To.text("destination")) ||
-		!strings.Contains(err.Error(), "next: "+r.Next) || strings.Contains(err.Error(), "\n") {
+		!strings.Contains(err.Error(), "; "+when+r.Next) || strings.Contains(err.Error(), "\n") {
 		t.Errorf("the error does not say all: %v", err)
 	}
 	want := ""
@@ -235,9 +243,14 @@ func TestHandoverRefused(t *testing.T) {
 				if name == "one process" {
 					again = "" // it would end alike
 				}
-				if r.Outcome != HandoverRefused || !strings.Contains(r.Error, c.want) || r.Next != again && !a.dead && !b.dead ||
-					strings.Contains(r.Err().Error(), "; next: ") != (r.Next != "") {
+				if r.Outcome != HandoverRefused || !strings.Contains(r.Error, c.want) || r.Next != again && !a.dead && !b.dead {
 					t.Errorf("%q: %s; next %s; want %s", r.Outcome, r.Error, r.Next, c.want)
+				}
+				// Only what passes by itself is to be tried again at once.
+				retry := name == "destination mute" || name == "in transition"
+				if retry != r.Retry && !a.dead && !b.dead || strings.Contains(r.Err().Error(), "; next: ") != r.Retry ||
+					strings.Contains(r.Err().Error(), "; once the cause is gone: ") != (r.Next != "" && !r.Retry) {
+					t.Errorf("%v: %v", r.Retry, r.Err())
 				}
 				if len(a.orders)+len(b.orders) > 0 {
 					t.Errorf("orders %v, %v", a.orders, b.orders)
@@ -306,6 +319,10 @@ func TestHandoverNextNodes(t *testing.T) {
 		}
 		// Which those are is not known any more.
 		if r = Handover(context.Background(), a, b, opt); r.Outcome != HandoverRefused || r.Next != againCommand+" --node image1 --node image2" || r.IfGone != "" {
+			t.Errorf("%+v", r)
+		}
+		// Who gave it long is not told to give it less.
+		if opt.Timeout = time.Minute; !strings.HasSuffix(Handover(context.Background(), a, b, opt).Next, " --timeout 1m0s") {
 			t.Errorf("%+v", r)
 		}
 		opt.Nodes[0] = "nothing"

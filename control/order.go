@@ -98,7 +98,7 @@ func (g *giving) run() {
 		g.end(OrderCancelled, errors.New("interrupted before anything was ordered"), true)
 		return
 	case err != nil:
-		g.end(OrderRefused, err, !answered(err) && errors.Is(err, context.DeadlineExceeded))
+		g.end(OrderRefused, err, !lasts(err))
 		return
 	}
 	was := g.asOrdered(&now)
@@ -145,10 +145,13 @@ func (g *giving) possible(now *Status) error {
 	}
 	for option, on := range map[string]bool{"--if-unchanged": g.order.IfUnchanged, "--abandon": g.order.Abandon} {
 		if on {
-			return fmt.Errorf("server at %s: %w: %s", g.side.Name(), errNotDone, option)
+			return finding{fmt.Errorf("server at %s: %w: %s", g.side.Name(), errNotDone, option)}
 		}
 	}
-	return plainGroup(g.side, now, g.order.Nodes)
+	if err := plainGroup(g.side, now, g.order.Nodes); err != nil {
+		return finding{err}
+	}
+	return nil
 }
 
 // asOrdered reports whether every image is as ordered.

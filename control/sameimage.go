@@ -70,7 +70,7 @@ func SameImages(ctx context.Context, a, b Prover, assume bool, nodes ...string) 
 			return pairs, err
 		}
 		if try == proofTries {
-			return nil, fmt.Errorf("%w; somebody else has it proven at the same time, which hides what the owner wrote: try again", err)
+			return nil, fmt.Errorf("%w; somebody else has it proven at the same time, which hides what the owner wrote: %w", err, errBusy)
 		}
 		select {
 		case <-time.After(mrand.N(proofPause)):
