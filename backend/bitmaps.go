@@ -9,30 +9,21 @@ import (
 	"github.com/nbd-export/nbd-export/backend/qcow2"
 )
 
-// bitmapped is a content that can have persistent dirty bitmaps.
-type bitmapped interface {
-	// bitmaps lists them, in the order in which they stand in the image.
-	bitmaps() ([]Bitmap, error)
-	// bitmapStatus is Image.BitmapStatus.
-	bitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error)
-}
-
-var _ bitmapped = (*qcow)(nil)
-
-// Bitmaps are the image's persistent dirty bitmaps. Of an image that is not
-// active it tells what is in the file now, and how much is dirty of none. It
-// reads, and is called under an admission as data methods are.
+// Bitmaps are the image's persistent dirty bitmaps, in the order in which they
+// stand in it. Of an image that is not active it tells what is in the file now,
+// and how much is dirty of none. It reads, and is called under an admission as
+// data methods are.
 func (o *Owned) Bitmaps() ([]Bitmap, error) {
-	if b, ok := o.cur.Load().content.(bitmapped); ok {
-		return b.bitmaps()
+	if q, ok := o.cur.Load().content.(*qcow); ok {
+		return q.bitmaps()
 	}
 	return nil, nil
 }
 
-// ActiveBitmaps are those of an image that is active, in the order in which they
-// stand in it, and none of another. It reads those that nobody has asked for
-// yet, waits for no transition, and is called as Bitmaps is. What cannot be read
-// is inconsistent, and the error says why.
+// ActiveBitmaps are those of an image that is active, and none of another. It
+// reads those that nobody has asked for yet, waits for no transition, and is
+// called as Bitmaps is. What cannot be read is inconsistent, and the error says
+// why.
 func (o *Owned) ActiveBitmaps() ([]Bitmap, error) {
 	if q, ok := o.cur.Load().content.(*qcow); ok && q.active {
 		return q.bitmaps()
@@ -42,13 +33,13 @@ func (o *Owned) ActiveBitmaps() ([]Bitmap, error) {
 
 // BitmapStatus implements Image.
 func (o *Owned) BitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error) {
-	if b, ok := o.cur.Load().content.(bitmapped); ok {
-		return b.bitmapStatus(dst, bitmap, off, n, max)
+	if q, ok := o.cur.Load().content.(*qcow); ok {
+		return q.bitmapStatus(dst, bitmap, off, n, max)
 	}
 	return dst, o.fail("status", fmt.Errorf("%s images have no bitmap %q: %w", o.info.Format, bitmap, unix.ENOENT))
 }
 
-// bitmaps implements bitmapped.
+// bitmaps is Owned.Bitmaps.
 func (q *qcow) bitmaps() ([]Bitmap, error) {
 	if !q.active {
 		return q.storedBitmaps()
@@ -78,7 +69,7 @@ func (q *qcow) storedBitmaps() ([]Bitmap, error) {
 	return all, err
 }
 
-// bitmapStatus implements bitmapped. Of a view that is not the owner's it tells
+// bitmapStatus is Owned.BitmapStatus. Of a view that is not the owner's it tells
 // what was in the file when it was first asked.
 func (q *qcow) bitmapStatus(dst []Status, bitmap string, off, n int64, max int) ([]Status, error) {
 	if err := q.within("status", off, n); err != nil {

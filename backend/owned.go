@@ -144,13 +144,7 @@ func (o *Owned) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 // PrepareUnseen implements Receiver.
 func (o *Owned) PrepareUnseen(p *Plan, off, n int64) error {
 	p.view = o.cur.Load()
-	switch c := p.view.content.(type) {
-	case *raw:
-		return c.prepareUnseen(p, off, n)
-	case *qcow:
-		return c.prepareUnseen(p, off, n)
-	}
-	return ErrWait
+	return p.view.prepareUnseen(p, off, n)
 }
 
 // Commit implements Image.

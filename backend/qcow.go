@@ -287,8 +287,7 @@ func (q *qcow) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	return nil
 }
 
-// prepareUnseen is Owned.PrepareUnseen. What is in pieces is not received in
-// place.
+// prepareUnseen implements content. What is in pieces is not received in place.
 func (q *qcow) prepareUnseen(p *Plan, off, n int64) error {
 	if err := q.within("write", off, n); err != nil {
 		return err

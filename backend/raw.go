@@ -23,7 +23,6 @@ type raw struct {
 	fixed  bool        // see Extent; not where an activation drops the page cache
 	sparse atomic.Bool // worth asking for holes
 	full   *full       // where there are none; nil where asking never waits
-
 }
 
 var (
@@ -163,7 +162,7 @@ func (r *raw) Prepare(p *Plan, off int64, payload []byte, mode Mode) error {
 	return nil
 }
 
-// prepareUnseen is Owned.PrepareUnseen.
+// prepareUnseen implements content.
 func (r *raw) prepareUnseen(p *Plan, off, n int64) error {
 	p.Extents, p.Pin = p.Extents[:0], nil
 	if err := r.writable("write", off, n); err != nil {

@@ -42,6 +42,7 @@ type content interface {
 	Unmap(p *Plan)
 	ReadOpaque(p *Plan, i int, skip int64, dst []byte) error
 	Prepare(p *Plan, off int64, payload []byte, mode Mode) error
+	prepareUnseen(p *Plan, off, n int64) error // of Receiver
 	Commit(p *Plan) (durable bool)
 	Abort(p *Plan)
 	Discard(off, n int64) error
