@@ -167,7 +167,7 @@ func (f *File) directWrite(p []byte, off int64, durable bool) error {
 // ranges keeps a read-modify-write apart from every other change of the same
 // blocks. Changes that are whole blocks do not exclude each other.
 type ranges struct {
-	mu       sync.Mutex
+	mu       sync.Mutex // a leaf
 	wake     sync.Cond
 	waiting  int
 	rmws     int   // in the list

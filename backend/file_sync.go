@@ -27,7 +27,7 @@ func (e *SyncError) SyncFailed() bool { return true }
 // syncer lets concurrent callers share syncs: who arrives while one runs
 // waits for the next one, which then covers all who wait.
 type syncer struct {
-	mu        sync.Mutex
+	mu        sync.Mutex // a leaf
 	cur, next *syncRound // running, and the one being joined
 	err       *SyncError // sticky
 }

@@ -15,7 +15,7 @@ import (
 // make a header together.
 type guard struct {
 	on bool
-	mu sync.Mutex
+	mu sync.Mutex // during I/O; before those of File
 }
 
 // touches reports whether a change at off must pass the guard.

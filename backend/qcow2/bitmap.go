@@ -29,7 +29,7 @@ type bitmaps struct {
 
 	// storing is held while those of open are marked as in use, or stored, and
 	// guards what is only about that: their tables, and the following.
-	storing sync.Mutex
+	storing sync.Mutex // see cache for the order
 	// open are those that are marked and stored with auto: these, and all from
 	// when the disk grows until they are stored.
 	open []*bitmap
@@ -42,7 +42,7 @@ type bitmaps struct {
 	sizeUnsure bool
 
 	// mu is held while they are read, and never during a flush, so that whoever
-	// asks for them waits for no transition.
+	// asks for them waits for no transition. A leaf, during I/O.
 	mu     sync.Mutex
 	read   bool // the directory was
 	all    []*bitmap

@@ -46,9 +46,10 @@ type table struct {
 
 // cache is what of the L2 tables is in memory.
 //
-// Lock order: bitmaps.storing, Image.tables, flusher.running, allocator.filling (during I/O);
-// cache.mu, slice.mu, cache.dirtyMu, refcounts.mu, freeing.mu (never during
-// I/O).
+// Lock order: flusher.background, bitmaps.storing, the guest clusters of busy,
+// Image.tables, flusher.running, allocator.filling (all of them during I/O);
+// cache.mu, slice.mu, cache.dirtyMu, refcounts.mu, freeing.mu (never during I/O).
+// Those that are called leaves come last.
 type cache struct {
 	mu      sync.Mutex
 	limit   int // slices

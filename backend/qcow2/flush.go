@@ -15,7 +15,7 @@ const writeBack = 5 * time.Second
 // flusher lets flushes that have not begun yet be one.
 type flusher struct {
 	running    sync.Mutex // one sequence at a time; see cache for the order
-	background sync.Mutex // the timer's goroutine; before all others
+	background sync.Mutex // the timer's goroutine; see cache for the order
 
 	mu    sync.Mutex // leaf
 	next  *round     // has not begun

@@ -59,6 +59,7 @@ func (im *Image) ensureTable(off int64, mode Mode) error {
 // table of l1, with the contents of former, which is all of the table that was
 // there, or nothing.
 func (im *Image) publishTable(l1 int64, entry uint64, former []*slice) {
+	defer im.startTimer() // which has a lock of its own
 	c := &im.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -76,7 +77,6 @@ func (im *Image) publishTable(l1 int64, entry uint64, former []*slice) {
 	im.dirs[l1].Store(t)
 	atomic.StoreUint64(&im.l1[l1], entry)
 	c.l1 = append(c.l1, l1)
-	im.startTimer()
 }
 
 // holdEntry is find and hold: the slice stays in memory until release.
