@@ -79,12 +79,12 @@ func (w *mapper) at(off, n int64) (Mapping, error) {
 			m.Present, m.Data, m.Offset, m.Path = true, !m.Zero, off, l.Path
 			return m, nil
 		}
-		layer, err := l.Image.Layer(off, min(n, l.diskSize()-off))
+		part, err := l.Image.Part(off, min(n, l.diskSize()-off))
 		if err != nil {
 			return m, err
 		}
-		n = layer.Length
-		m.Length, m.Zero, m.Data, m.Compressed, m.Offset = n, layer.Zero, layer.Data, layer.Compressed, layer.Offset
+		n = part.Length
+		m.Length, m.Zero, m.Data, m.Compressed, m.Offset = n, part.Zero, part.Data, part.Compressed, part.Offset
 		m.Present = m.Zero || m.Data
 		if m.Offset >= 0 {
 			m.Path = l.Path

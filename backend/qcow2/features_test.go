@@ -250,7 +250,7 @@ func TestResizeIntoRawDataFile(t *testing.T) {
 	if i := differs(readAll(t, im), want[:size]); i >= 0 {
 		t.Errorf("the disk has other bytes at %d", i)
 	}
-	if l, err := im.Layer(0, size); err != nil || !l.Data || l.Length != size {
+	if l, err := im.Part(0, size); err != nil || !l.Data || l.Length != size {
 		t.Errorf("it does not show what is written to the data file: %+v, %v", l, err)
 	}
 	if err := im.Settle(); err != nil {

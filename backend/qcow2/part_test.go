@@ -6,9 +6,9 @@ import (
 	"github.com/nbd-export/nbd-export/backend/qcow2/memfile"
 )
 
-// A layer is as long as it is all alike, over clusters, tables and where there
+// A part is as long as it is all alike, over clusters, tables and where there
 // is none.
-func TestLayer(t *testing.T) {
+func TestPart(t *testing.T) {
 	const cluster = 512
 	o := CreateOptions{Size: 100 * cluster * 64, ClusterSize: cluster, DataFile: "data", DataFileRaw: true}
 	f, data := memfile.New("image", nil), memfile.New("data", nil)
@@ -16,8 +16,8 @@ func TestLayer(t *testing.T) {
 		t.Fatal(err)
 	}
 	im := opened(t, f, Options{Data: data})
-	l, err := im.Layer(1000, o.Size-1000)
-	if want := (Layer{Length: o.Size - 1000, Data: true, Offset: 1000}); err != nil || l != want {
+	l, err := im.Part(1000, o.Size-1000)
+	if want := (Part{Length: o.Size - 1000, Data: true, Offset: 1000}); err != nil || l != want {
 		t.Errorf("%+v, %v; want %+v", l, err, want)
 	}
 
@@ -35,20 +35,20 @@ func TestLayer(t *testing.T) {
 	if err := im.Zero(65*cluster, cluster, true); err != nil {
 		t.Fatal(err)
 	}
-	first, err := im.Layer(0, o.Size)
+	first, err := im.Part(0, o.Size)
 	if err != nil || first.Data || first.Zero || first.Offset != -1 || first.Length != 62*cluster {
 		t.Errorf("%+v, %v", first, err)
 	}
-	second, err := im.Layer(62*cluster, o.Size-62*cluster)
+	second, err := im.Part(62*cluster, o.Size-62*cluster)
 	if err != nil || !second.Data || second.Offset <= 0 || second.Length > 3*cluster {
 		t.Errorf("%+v, %v", second, err)
 	}
-	third, err := im.Layer(65*cluster, o.Size-65*cluster)
+	third, err := im.Part(65*cluster, o.Size-65*cluster)
 	if err != nil || !third.Zero || third.Data || third.Offset <= 0 || third.Length != cluster {
 		t.Errorf("%+v, %v", third, err)
 	}
-	last, err := im.Layer(66*cluster, o.Size-66*cluster)
-	if want := (Layer{Length: o.Size - 66*cluster, Offset: -1}); err != nil || last != want {
+	last, err := im.Part(66*cluster, o.Size-66*cluster)
+	if want := (Part{Length: o.Size - 66*cluster, Offset: -1}); err != nil || last != want {
 		t.Errorf("%+v, %v; want %+v", last, err, want)
 	}
 }

@@ -1,7 +1,7 @@
 package qcow2
 
-// Layer is a part of the disk as the image itself has it, whatever is behind.
-type Layer struct {
+// Part is a part of the disk as the image itself has it, whatever is behind.
+type Part struct {
 	Length int64 // bytes, > 0
 	// Data and Zero say what the image has there; with neither what is behind it
 	// shows through. Compressed is Data whose bytes have no place of their own.
@@ -11,12 +11,12 @@ type Layer struct {
 	Offset int64
 }
 
-// Layer tells what the image itself has at off, and how far that goes on, at
+// Part tells what the image itself has at off, and how far that goes on, at
 // most n bytes, which lie inside Size. It may block.
-func (im *Image) Layer(off, n int64) (Layer, error) {
-	var all Layer
+func (im *Image) Part(off, n int64) (Part, error) {
+	var all Part
 	for all.Length < n {
-		l, err := im.layer(off+all.Length, n-all.Length)
+		l, err := im.part(off+all.Length, n-all.Length)
 		if err != nil {
 			return all, err
 		}
@@ -37,21 +37,21 @@ func (im *Image) Layer(off, n int64) (Layer, error) {
 	return all, nil
 }
 
-// layer is Layer up to the end of the subcluster, or of an L2 table that is not
+// part is Part up to the end of the subcluster, or of an L2 table that is not
 // there.
-func (im *Image) layer(off, n int64) (Layer, error) {
+func (im *Image) part(off, n int64) (Part, error) {
 	s, i, err := im.find(off, MayBlock)
 	if err != nil {
-		return Layer{}, err
+		return Part{}, err
 	}
 	if s == nil {
 		next := (off>>im.l1Shift + 1) << im.l1Shift
-		return Layer{Length: min(n, next-off), Offset: -1}, nil
+		return Part{Length: min(n, next-off), Offset: -1}, nil
 	}
 	c := im.cell(s, i)
 	within := im.g.Within(off)
 	sub := within >> im.subBits
-	l := Layer{Length: min(n, (sub+1)<<im.subBits-within), Offset: -1}
+	l := Part{Length: min(n, (sub+1)<<im.subBits-within), Offset: -1}
 	if im.g.hasHost(c) {
 		l.Offset = hostOffset(c.entry) + within
 	}
