@@ -122,14 +122,14 @@ func (e *BitmapEntry) tableEntries(g Geometry, size int64) int64 {
 // wants it, nil if it is.
 func (e *BitmapEntry) sizeFault(f File, g Geometry, size int64) error {
 	if want := e.tableEntries(g, size); e.TableEntries != want {
-		return &FormatError{Path: f.Path(), What: fmt.Sprintf("bitmap %q: its table has %d entries instead of %d", e.Name, e.TableEntries, want)}
+		return damaged(f, "bitmap %q: its table has %d entries instead of %d", e.Name, e.TableEntries, want)
 	}
 	return nil
 }
 
 // fault is the error of entry i of its table, which is none.
 func (e *BitmapEntry) fault(f File, i int, entry uint64) error {
-	return &FormatError{Path: f.Path(), What: fmt.Sprintf("bitmap %q: entry %d of its table, %#x, is not possible", e.Name, i, entry)}
+	return damaged(f, "bitmap %q: entry %d of its table, %#x, is not possible", e.Name, i, entry)
 }
 
 // bitmapFault reports whether an entry of a bitmap table is none.

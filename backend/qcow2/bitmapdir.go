@@ -1,9 +1,6 @@
 package qcow2
 
-import (
-	"encoding/binary"
-	"fmt"
-)
+import "encoding/binary"
 
 // BitmapEntry is an entry of the bitmap directory (section "Bitmap directory").
 type BitmapEntry struct {
@@ -63,16 +60,16 @@ func readBitmaps(f File, h *Header) (all []BitmapEntry, raw []byte, err error) {
 	if x == nil {
 		return nil, nil, nil
 	}
-	damaged := func(format string, args ...any) ([]BitmapEntry, []byte, error) {
-		return nil, nil, &FormatError{Path: f.Path(), What: "bitmap directory: " + fmt.Sprintf(format, args...)}
+	bad := func(format string, args ...any) ([]BitmapEntry, []byte, error) {
+		return nil, nil, damaged(f, "bitmap directory: "+format, args...)
 	}
 	g := h.Geometry()
 	switch {
 	case x.Count == 0 || x.Count > maxBitmaps:
-		return damaged("%d bitmaps are not possible", x.Count)
+		return bad("%d bitmaps are not possible", x.Count)
 	case x.DirectorySize <= 0 || x.DirectorySize > maxBitmapDirectory || !g.tableOK(x.DirectoryOffset) ||
 		x.DirectoryOffset > f.Length()-x.DirectorySize:
-		return damaged("%d bytes at %#x are not possible", x.DirectorySize, uint64(x.DirectoryOffset))
+		return bad("%d bytes at %#x are not possible", x.DirectorySize, uint64(x.DirectoryOffset))
 	}
 	raw = make([]byte, x.DirectorySize)
 	if err := f.ReadAt(raw, x.DirectoryOffset); err != nil {
@@ -83,7 +80,7 @@ func readBitmaps(f File, h *Header) (all []BitmapEntry, raw []byte, err error) {
 	for len(b) > 0 {
 		const fixed = 24
 		if len(all) == x.Count || len(b) < fixed {
-			return damaged("it does not end after %d bitmaps", x.Count)
+			return bad("it does not end after %d bitmaps", x.Count)
 		}
 		flags, typ, granularity := be.Uint32(b[12:]), b[16], int(b[17])
 		name, extra := int64(be.Uint16(b[18:])), int64(be.Uint32(b[20:]))
@@ -99,31 +96,31 @@ func readBitmaps(f File, h *Header) (all []BitmapEntry, raw []byte, err error) {
 		}
 		switch {
 		case n > int64(len(b)):
-			return damaged("bitmap %d is cut off", len(all))
+			return bad("bitmap %d is cut off", len(all))
 		case flags&bitmapReserved != 0 || typ != bitmapDirtyTracking:
-			return damaged("bitmap %d has flags %#x and type %d, which are not known", len(all), flags, typ)
+			return bad("bitmap %d has flags %#x and type %d, which are not known", len(all), flags, typ)
 		case granularity < minGranularity || granularity > maxGranularity:
-			return damaged("bitmap %d has a granularity of 2^%d bytes", len(all), granularity)
+			return bad("bitmap %d has a granularity of 2^%d bytes", len(all), granularity)
 		case name == 0 || name > maxBitmapName:
-			return damaged("bitmap %d has a name of %d bytes", len(all), name)
+			return bad("bitmap %d has a name of %d bytes", len(all), name)
 		case e.TableEntries == 0 || e.TableEntries > maxBitmapTable || !g.tableOK(e.TableOffset) ||
 			e.TableOffset > f.Length()-8*e.TableEntries:
-			return damaged("the table of bitmap %d, %d entries at %#x, is not possible", len(all), e.TableEntries, uint64(e.TableOffset))
+			return bad("the table of bitmap %d, %d entries at %#x, is not possible", len(all), e.TableEntries, uint64(e.TableOffset))
 		}
 		if size := e.TableEntries << g.ClusterBits; size > maxBitmapBytes || !e.InUse && size < e.bytes(h.Size) {
-			return damaged("bitmap %d, of %d bytes, does not fit the disk", len(all), size)
+			return bad("bitmap %d, of %d bytes, does not fit the disk", len(all), size)
 		}
 		e.Extra = append([]byte(nil), b[fixed:fixed+extra]...)
 		e.Name = string(b[fixed+extra:][:name])
 		if names[e.Name] {
-			return damaged("there are two bitmaps %q", e.Name)
+			return bad("there are two bitmaps %q", e.Name)
 		}
 		names[e.Name] = true
 		all = append(all, e)
 		b = b[n:]
 	}
 	if len(all) != x.Count {
-		return damaged("it has %d bitmaps instead of %d", len(all), x.Count)
+		return bad("it has %d bitmaps instead of %d", len(all), x.Count)
 	}
 	return all, raw, nil
 }

@@ -321,7 +321,7 @@ func (c *checker) walkBitmaps() error {
 	for i := range all {
 		b := &all[i]
 		if room -= 8 * b.TableEntries; room < 0 {
-			return &FormatError{Path: c.f.Path(), What: fmt.Sprintf("bitmap %q: its table overlaps another one", b.Name)}
+			return damaged(c.f, "bitmap %q: its table overlaps another one", b.Name)
 		}
 		c.countTable("bitmap table", b.TableOffset, 8*b.TableEntries)
 		if err := b.sizeFault(c.f, c.g, c.h.Size); err != nil && !b.InUse {

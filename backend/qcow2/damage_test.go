@@ -199,7 +199,7 @@ func damage(rng *rand.Rand, b []byte, all []spot, cluster int64) string {
 
 // excused says why ours may differ from what qemu-img check says, "" if it may
 // not.
-func excused(d damaged, repair string, got, want verdict, says, qemuSays string) string {
+func excused(d damagedImage, repair string, got, want verdict, says, qemuSays string) string {
 	opened := !strings.Contains(qemuSays, "Could not open")
 	is := func(text ...string) bool {
 		for _, s := range text {
@@ -240,8 +240,8 @@ func excused(d damaged, repair string, got, want verdict, says, qemuSays string)
 	return ""
 }
 
-// damaged is an image with random damage.
-type damaged struct {
+// damagedImage is an image with random damage.
+type damagedImage struct {
 	options   string
 	seed      uint64
 	did       string // to it
@@ -300,11 +300,11 @@ func newDamager(t *testing.T) *damager {
 	return d
 }
 
-func (d *damager) image(seed uint64) damaged {
+func (d *damager) image(seed uint64) damagedImage {
 	rng := rand.New(rand.NewPCG(seed, 5))
 	base := d.bases[rng.IntN(len(d.bases))]
 	bad := bytes.Clone(base.b)
-	x := damaged{options: base.options, seed: seed, did: damage(rng, bad, base.spots, base.cluster), b: bad}
+	x := damagedImage{options: base.options, seed: seed, did: damage(rng, bad, base.spots, base.cluster), b: bad}
 	x.autoclear = !bytes.Equal(bad[offAutoclear:offAutoclear+8], base.b[offAutoclear:offAutoclear+8])
 	x.zeroFlag = strings.Contains(x.options, "0.10") || strings.Contains(x.options, "extended")
 	return x
@@ -368,7 +368,7 @@ func TestCheckOfDamageAsQEMU(t *testing.T) {
 
 // sameDisk sees that what could be read of the disk before a repair reads the
 // same.
-func sameDisk(t *testing.T, x damaged, before, after *memfile.File) {
+func sameDisk(t *testing.T, x damagedImage, before, after *memfile.File) {
 	t.Helper()
 	const piece = 4096
 	h, err := ReadHeader(before)

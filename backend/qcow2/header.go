@@ -139,40 +139,63 @@ func (e *FormatError) Unwrap() error {
 	return unix.EIO
 }
 
+// damaged is the *FormatError of what cannot be right in f.
+func damaged(f File, format string, args ...any) error {
+	return &FormatError{Path: f.Path(), What: fmt.Sprintf(format, args...)}
+}
+
+// unsupported is that of what f uses and is not served.
+func unsupported(f File, format string, args ...any) error {
+	return &FormatError{Path: f.Path(), What: fmt.Sprintf(format, args...), Unsupported: true}
+}
+
 // ReadHeader reads and checks the header of f. It writes nothing. The error
 // is a *FormatError, or what reading said.
 func ReadHeader(f File) (*Header, error) {
-	damaged := func(format string, args ...any) error {
-		return &FormatError{Path: f.Path(), What: fmt.Sprintf(format, args...)}
+	h := &Header{}
+	if err := h.readFixed(f); err != nil {
+		return nil, err
 	}
-	unsupported := func(format string, args ...any) error {
-		return &FormatError{Path: f.Path(), What: fmt.Sprintf(format, args...), Unsupported: true}
+	h, err := h.withRest(f)
+	if err != nil {
+		return nil, err
 	}
+	if err := h.checkFeatures(f); err != nil {
+		return nil, err
+	}
+	if err := h.checkTables(f); err != nil {
+		return nil, err
+	}
+	return h, nil
+}
+
+// readFixed reads the fixed part of the header, and checks what the rest is read by.
+func (h *Header) readFixed(f File) error {
 	var fixed [headerLength3 + 8]byte
 	n := min(int64(len(fixed)), f.Length())
 	if n < headerLength2 {
-		return nil, damaged("it has only %d bytes, which is too short for a header; it was cut off, or is not qcow2", f.Length())
+		return damaged(f, "it has only %d bytes, which is too short for a header; it was cut off, or is not qcow2", f.Length())
 	}
 	if err := f.ReadAt(fixed[:n], 0); err != nil {
-		return nil, err
+		return err
 	}
 	be := binary.BigEndian
 	if be.Uint32(fixed[0:]) != magic {
-		return nil, damaged("it does not begin with qcow2's magic number; it is of another format")
+		return damaged(f, "it does not begin with qcow2's magic number; it is of another format")
 	}
-	h := &Header{Version: int(be.Uint32(fixed[4:]))}
+	h.Version = int(be.Uint32(fixed[4:]))
 	if h.Version != 2 && h.Version != 3 {
-		return nil, unsupported("version %d is not known; versions 2 and 3 are", h.Version)
+		return unsupported(f, "version %d is not known; versions 2 and 3 are", h.Version)
 	}
 	bits := be.Uint32(fixed[20:])
 	if bits < minClusterBits || bits > maxClusterBits {
-		return nil, damaged("cluster size 2^%d is not between 512 bytes and 2 MiB", bits)
+		return damaged(f, "cluster size 2^%d is not between 512 bytes and 2 MiB", bits)
 	}
 	h.ClusterBits = int(bits)
 	cluster := int64(1) << bits
-	size := be.Uint64(fixed[24:])
+	size := be.Uint64(fixed[offSize:])
 	if size > 1<<63-1-uint64(cluster) {
-		return nil, damaged("a disk of %d bytes is too large", size)
+		return damaged(f, "a disk of %d bytes is too large", size)
 	}
 	h.Size = int64(size)
 	if m := be.Uint32(fixed[32:]); m != 0 {
@@ -183,33 +206,41 @@ func ReadHeader(f File) (*Header, error) {
 		case 2:
 			name = "LUKS"
 		}
-		return nil, unsupported("it is encrypted (%s), which nbd-export does not serve; serve it with qemu-nbd, or convert it with qemu-img", name)
+		return unsupported(f, "it is encrypted (%s), which nbd-export does not serve; serve it with qemu-nbd, or convert it with qemu-img", name)
 	}
+	h.L1Entries, h.L1Offset = int(be.Uint32(fixed[offL1Size:])), int64(be.Uint64(fixed[offL1Offset:]))
+	h.RefcountOffset, h.RefcountLength = int64(be.Uint64(fixed[offRefcountTable:])), int64(be.Uint32(fixed[offRefcountTable+8:]))
+	h.Snapshots, h.SnapshotsOffset = int(be.Uint32(fixed[60:])), int64(be.Uint64(fixed[64:]))
 	h.RefcountOrder, h.Length = 4, headerLength2
-	if h.Version == 3 {
-		if n < headerLength3 {
-			return nil, damaged("it has only %d bytes, which is too short for a header", n)
-		}
-		h.Incompatible, h.Compatible, h.Autoclear = be.Uint64(fixed[72:]), be.Uint64(fixed[80:]), be.Uint64(fixed[88:])
-		order, length := be.Uint32(fixed[96:]), be.Uint32(fixed[100:])
-		if order > 6 {
-			return nil, damaged("refcounts of 2^%d bits are wider than 64", order)
-		}
-		if length < headerLength3 || int64(length) > cluster {
-			return nil, damaged("a header of %d bytes is not possible", length)
-		}
-		h.RefcountOrder, h.Length = int(order), int(length)
-		if length > headerLength3 && n > headerLength3 {
-			h.CompressionType = fixed[104]
-		}
+	if h.Version == 2 {
+		return nil
 	}
+	if n < headerLength3 {
+		return damaged(f, "it has only %d bytes, which is too short for a header", n)
+	}
+	h.Incompatible, h.Compatible, h.Autoclear = be.Uint64(fixed[offIncompatible:]), be.Uint64(fixed[80:]), be.Uint64(fixed[offAutoclear:])
+	order, length := be.Uint32(fixed[96:]), be.Uint32(fixed[100:])
+	if order > 6 {
+		return damaged(f, "refcounts of 2^%d bits are wider than 64", order)
+	}
+	if length < headerLength3 || int64(length) > cluster {
+		return damaged(f, "a header of %d bytes is not possible", length)
+	}
+	h.RefcountOrder, h.Length = int(order), int(length)
+	if length > headerLength3 && n > headerLength3 {
+		h.CompressionType = fixed[104]
+	}
+	return nil
+}
 
-	// The rest is in the first cluster, which may be cut off in a file
-	// without any data: zeros follow then, which end the extensions. Hardly ever
-	// is more of it used than this.
+// withRest is h with what stands behind the fixed part. That is in the first
+// cluster, which may be cut off in a file without any data: zeros follow then,
+// which end the extensions. Hardly ever is more of it used than headerGuess.
+func (h *Header) withRest(f File) (*Header, error) {
+	cluster := int64(1) << h.ClusterBits
 	whole := min(cluster, f.Length())
 	if int64(h.Length) > whole {
-		return nil, damaged("its header of %d bytes is cut off", h.Length)
+		return nil, damaged(f, "its header of %d bytes is cut off", h.Length)
 	}
 	for n := min(max(headerGuess, int64(h.Length)), whole); ; n = whole {
 		first := make([]byte, n, n+8)
@@ -220,16 +251,16 @@ func ReadHeader(f File) (*Header, error) {
 			first = first[:min(n+8, cluster)]
 		}
 		with := *h
-		ended, err := with.readRest(first, damaged)
+		ended, err := with.readRest(f, first)
 		if n < whole && (err != nil || !ended) {
 			continue
 		}
-		if err != nil {
-			return nil, err
-		}
-		h = &with
-		break
+		return &with, err
 	}
+}
+
+// checkFeatures refuses what is not known, and what contradicts itself.
+func (h *Header) checkFeatures(f File) error {
 	if unknown := h.Incompatible &^ knownIncompatible; unknown != 0 {
 		var names []string
 		for bit := range 64 {
@@ -241,41 +272,42 @@ func ReadHeader(f File) (*Header, error) {
 				names = append(names, name)
 			}
 		}
-		return nil, unsupported("it uses features that nbd-export does not know: %s", strings.Join(names, ", "))
+		return unsupported(f, "it uses features that nbd-export does not know: %s", strings.Join(names, ", "))
 	}
 	switch {
 	case h.CompressionType > Zstd:
-		return nil, unsupported("compression type %d is not known; zlib and zstd are", h.CompressionType)
+		return unsupported(f, "compression type %d is not known; zlib and zstd are", h.CompressionType)
 	case (h.CompressionType != Zlib) != (h.Incompatible&Compression != 0):
-		return nil, damaged("compression type %d and the feature bit for it contradict each other", h.CompressionType)
+		return damaged(f, "compression type %d and the feature bit for it contradict each other", h.CompressionType)
 	case h.Incompatible&ExtendedL2 != 0 && h.ClusterBits < 14:
-		return nil, damaged("subclusters need clusters of 16 KiB or more, and these have %d bytes", cluster)
+		return damaged(f, "subclusters need clusters of 16 KiB or more, and these have %d bytes", int64(1)<<h.ClusterBits)
 	case h.Incompatible&DataFile == 0 && h.Autoclear&DataFileRaw != 0:
-		return nil, damaged("it says that its data file is raw, and has none")
+		return damaged(f, "it says that its data file is raw, and has none")
 	}
+	return nil
+}
 
-	h.L1Entries, h.L1Offset = int(be.Uint32(fixed[36:])), int64(be.Uint64(fixed[40:]))
-	h.RefcountOffset, h.RefcountLength = int64(be.Uint64(fixed[48:])), int64(be.Uint32(fixed[56:]))
-	h.Snapshots, h.SnapshotsOffset = int(be.Uint32(fixed[60:])), int64(be.Uint64(fixed[64:]))
+// checkTables checks where the header says that tables are, and how long.
+func (h *Header) checkTables(f File) error {
 	g := h.Geometry()
 	need := g.L1Needed(h.Size)
 	switch {
 	case int64(h.L1Entries)*8 > maxL1Size:
-		return nil, damaged("an L1 table of %d entries is too large", h.L1Entries)
+		return damaged(f, "an L1 table of %d entries is too large", h.L1Entries)
 	case need > int64(h.L1Entries):
-		return nil, damaged("its L1 table has %d entries, and a disk of %d bytes needs %d", h.L1Entries, h.Size, need)
+		return damaged(f, "its L1 table has %d entries, and a disk of %d bytes needs %d", h.L1Entries, h.Size, need)
 	case h.L1Entries > 0 && !g.tableOK(h.L1Offset), g.Within(h.L1Offset) != 0:
-		return nil, damaged("the L1 table's offset %#x is not the beginning of a cluster", uint64(h.L1Offset))
-	case h.RefcountLength > maxRefcountTable>>bits:
-		return nil, damaged("a refcount table of %d clusters is too large", h.RefcountLength)
+		return damaged(f, "the L1 table's offset %#x is not the beginning of a cluster", uint64(h.L1Offset))
+	case h.RefcountLength > maxRefcountTable>>h.ClusterBits:
+		return damaged(f, "a refcount table of %d clusters is too large", h.RefcountLength)
 	case h.RefcountOffset < 0 || g.Within(h.RefcountOffset) != 0:
-		return nil, damaged("the refcount table's offset %#x is not the beginning of a cluster", uint64(h.RefcountOffset))
+		return damaged(f, "the refcount table's offset %#x is not the beginning of a cluster", uint64(h.RefcountOffset))
 	case h.Snapshots > maxSnapshots:
-		return nil, damaged("%d internal snapshots are too many", h.Snapshots)
+		return damaged(f, "%d internal snapshots are too many", h.Snapshots)
 	case h.Snapshots > 0 && !g.tableOK(h.SnapshotsOffset), g.Within(h.SnapshotsOffset) != 0:
-		return nil, damaged("the snapshot table's offset %#x is not the beginning of a cluster", uint64(h.SnapshotsOffset))
+		return damaged(f, "the snapshot table's offset %#x is not the beginning of a cluster", uint64(h.SnapshotsOffset))
 	}
-	return h, nil
+	return nil
 }
 
 // headerGuess is how many bytes of the first cluster are read at first: all of a
@@ -284,35 +316,35 @@ const headerGuess = 4 << 10
 
 // readRest reads, from the first bytes of the file, what stands behind the fixed
 // part of the header. ended says that there was no sign of more beyond them.
-func (h *Header) readRest(first []byte, damaged func(string, ...any) error) (ended bool, err error) {
+func (h *Header) readRest(f File, first []byte) (ended bool, err error) {
 	be := binary.BigEndian
 	end := int64(len(first))
 	if off, n := be.Uint64(first[8:]), be.Uint32(first[16:]); off != 0 {
 		if n > maxBackingName || off > uint64(end) || uint64(n) > uint64(end)-off || off < uint64(h.Length) {
-			return false, damaged("the backing file's name (%d bytes at %d) does not lie in the first cluster", n, off)
+			return false, damaged(f, "the backing file's name (%d bytes at %d) does not lie in the first cluster", n, off)
 		}
 		h.Backing, h.BackingOffset = string(first[off:off+uint64(n)]), int64(off)
 		if strings.ContainsRune(h.Backing, 0) {
-			return false, damaged("the backing file's name has a zero byte")
+			return false, damaged(f, "the backing file's name has a zero byte")
 		}
 		end = int64(off)
 	}
-	ended, err = h.readExtensions(first[h.Length:end], damaged)
+	ended, err = h.readExtensions(f, first[h.Length:end])
 	return ended || end < int64(len(first)), err
 }
 
 // readExtensions decodes the extensions in b. ended says that there was their
 // end.
-func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) (ended bool, err error) {
+func (h *Header) readExtensions(f File, b []byte) (ended bool, err error) {
 	be := binary.BigEndian
 	for len(b) > 0 {
 		if len(b) < 8 {
-			return false, damaged("header extensions end after %d bytes of one", len(b))
+			return false, damaged(f, "header extensions end after %d bytes of one", len(b))
 		}
 		typ, n := be.Uint32(b), int64(be.Uint32(b[4:]))
 		b = b[8:]
 		if n > int64(len(b)) {
-			return false, damaged("header extension %#x of %d bytes reaches past the header", typ, n)
+			return false, damaged(f, "header extension %#x of %d bytes reaches past the header", typ, n)
 		}
 		if typ == extEnd {
 			return true, nil
@@ -323,7 +355,7 @@ func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) (e
 		switch typ {
 		case extBackingFormat:
 			if n > maxBackingFormat {
-				return false, damaged("the name of the backing file's format has %d bytes, more than %d", n, maxBackingFormat)
+				return false, damaged(f, "the name of the backing file's format has %d bytes, more than %d", n, maxBackingFormat)
 			}
 			h.BackingFormat = string(e.Data)
 		case extDataFile:
@@ -335,13 +367,13 @@ func (h *Header) readExtensions(b []byte, damaged func(string, ...any) error) (e
 				h.FeatureNames[uint16(r[0])<<8|uint16(r[1])] = string(name)
 			}
 		case extEncryption:
-			return false, damaged("it has an encryption header and is not encrypted")
+			return false, damaged(f, "it has an encryption header and is not encrypted")
 		case extBitmaps:
 			if n != 24 {
-				return false, damaged("its bitmaps extension has %d bytes instead of 24", n)
+				return false, damaged(f, "its bitmaps extension has %d bytes instead of 24", n)
 			}
 			if be.Uint32(e.Data[4:]) != 0 && h.Autoclear&BitmapsConsistent != 0 {
-				return false, damaged("a reserved field of its bitmaps extension is not zero")
+				return false, damaged(f, "a reserved field of its bitmaps extension is not zero")
 			}
 			h.Bitmaps = &BitmapsExtension{
 				Count:           int(be.Uint32(e.Data)),

@@ -25,7 +25,7 @@ func (e *missingError) Unwrap() error { return unix.ENOENT }
 
 // damaged is the error of metadata that cannot be right.
 func (im *Image) damaged(format string, args ...any) error {
-	return &FormatError{Path: im.f.Path(), What: fmt.Sprintf(format, args...)}
+	return damaged(im.f, format, args...)
 }
 
 // odd is damaged, and once the image is begun it is marked corrupt, which ends

@@ -305,7 +305,7 @@ func (c *checker) rebuild() error {
 		}
 	}
 	if table<<c.g.ClusterBits > maxRefcountTable {
-		return &FormatError{Path: c.f.Path(), What: fmt.Sprintf("its refcounts cannot be made anew: their table would exceed %d bytes", maxRefcountTable)}
+		return damaged(c.f, "its refcounts cannot be made anew: their table would exceed %d bytes", maxRefcountTable)
 	}
 	total := int64(len(needed)) + table
 	if end := (first + total) << c.g.ClusterBits; end > c.f.Length() {

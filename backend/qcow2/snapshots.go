@@ -33,26 +33,26 @@ func Snapshots(f File, h *Header) ([]Snapshot, error) {
 
 // readSnapshots also returns the table's length in bytes.
 func readSnapshots(f File, h *Header) (all []Snapshot, n int64, err error) {
-	damaged := func(i int, what string) error {
-		return &FormatError{Path: f.Path(), What: fmt.Sprintf("snapshot %d of %d: %s", i+1, h.Snapshots, what)}
+	bad := func(i int, what string) error {
+		return damaged(f, "snapshot %d of %d: %s", i+1, h.Snapshots, what)
 	}
 	be := binary.BigEndian
 	at := h.SnapshotsOffset
 	for i := range h.Snapshots {
 		var fixed [40]byte
 		if at > f.Length()-int64(len(fixed)) {
-			return nil, 0, damaged(i, "it lies past the end of the file")
+			return nil, 0, bad(i, "it lies past the end of the file")
 		}
 		if err := f.ReadAt(fixed[:], at); err != nil {
 			return nil, 0, err
 		}
 		id, name, extra := int(be.Uint16(fixed[12:])), int(be.Uint16(fixed[14:])), int64(be.Uint32(fixed[36:]))
 		if extra > maxSnapshotExtra {
-			return nil, 0, damaged(i, fmt.Sprintf("it has %d bytes of unknown extra data", extra))
+			return nil, 0, bad(i, fmt.Sprintf("it has %d bytes of unknown extra data", extra))
 		}
 		rest := make([]byte, extra+int64(id)+int64(name))
 		if at+int64(len(fixed)) > f.Length()-int64(len(rest)) {
-			return nil, 0, damaged(i, "it is cut off")
+			return nil, 0, bad(i, "it is cut off")
 		}
 		if err := f.ReadAt(rest, at+int64(len(fixed))); err != nil {
 			return nil, 0, err
@@ -84,7 +84,7 @@ func readSnapshots(f File, h *Header) (all []Snapshot, n int64, err error) {
 		n = at - h.SnapshotsOffset
 		at = (at + 7) &^ 7
 		if n > maxSnapshotTable {
-			return nil, 0, damaged(i, "the table of snapshots is too large")
+			return nil, 0, bad(i, "the table of snapshots is too large")
 		}
 	}
 	return all, n, nil
