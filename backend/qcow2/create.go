@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -77,56 +78,61 @@ type blueprint struct {
 
 // plan checks o and lays the image out.
 func (o CreateOptions) plan() (*blueprint, error) {
-	refuse := func(option, format string, args ...any) (*blueprint, error) {
-		return nil, &OptionError{option, fmt.Sprintf(format, args...)}
+	h, err := o.newHeader()
+	if err != nil {
+		return nil, err
 	}
-	h := &Header{Version: o.Version, Length: headerLength3 + 8, CompressionType: o.CompressionType}
+	return o.layOut(h)
+}
+
+func refuseOption(option, format string, args ...any) error {
+	return &OptionError{option, fmt.Sprintf(format, args...)}
+}
+
+// newHeader checks what goes together, and makes a header of it that lacks the
+// places of tables.
+func (o CreateOptions) newHeader() (*Header, error) {
+	h := &Header{Version: cmp.Or(o.Version, 3), Length: headerLength3 + 8, CompressionType: o.CompressionType}
+	cluster, width := cmp.Or(o.ClusterSize, 64<<10), cmp.Or(o.RefcountBits, 16)
+	var err error
 	switch {
-	case o.Version == 0:
-		h.Version = 3
-	case o.Version != 2 && o.Version != 3:
-		return refuse("compat", "version %d is not known; 2 (0.10) and 3 (1.1) are", o.Version)
-	}
-	cluster, width := o.ClusterSize, o.RefcountBits
-	if cluster == 0 {
-		cluster = 64 << 10
-	}
-	if width == 0 {
-		width = 16
-	}
-	switch {
+	case h.Version != 2 && h.Version != 3:
+		err = refuseOption("compat", "version %d is not known; 2 (0.10) and 3 (1.1) are", o.Version)
 	case cluster < 1<<minClusterBits || cluster > 1<<maxClusterBits || cluster&(cluster-1) != 0:
-		return refuse("cluster_size", "%d is not a power of two from 512 to 2M", cluster)
+		err = refuseOption("cluster_size", "%d is not a power of two from 512 to 2M", cluster)
 	case width < 1 || width > 64 || width&(width-1) != 0:
-		return refuse("refcount_bits", "%d is not a power of two from 1 to 64", width)
+		err = refuseOption("refcount_bits", "%d is not a power of two from 1 to 64", width)
 	case h.Version == 2 && width != 16:
-		return refuse("refcount_bits", "widths other than 16 need compat=1.1")
+		err = refuseOption("refcount_bits", "widths other than 16 need compat=1.1")
 	case h.Version == 2 && o.LazyRefcounts:
-		return refuse("lazy_refcounts", "it needs compat=1.1")
+		err = refuseOption("lazy_refcounts", "it needs compat=1.1")
 	case h.Version == 2 && o.ExtendedL2:
-		return refuse("extended_l2", "it needs compat=1.1")
+		err = refuseOption("extended_l2", "it needs compat=1.1")
 	case o.ExtendedL2 && cluster < 16<<10:
-		return refuse("extended_l2", "it needs clusters of 16k or more")
+		err = refuseOption("extended_l2", "it needs clusters of 16k or more")
 	case o.CompressionType > Zstd:
-		return refuse("compression_type", "type %d is not known", o.CompressionType)
+		err = refuseOption("compression_type", "type %d is not known", o.CompressionType)
 	case h.Version == 2 && o.CompressionType != Zlib:
-		return refuse("compression_type", "types other than zlib need compat=1.1")
+		err = refuseOption("compression_type", "types other than zlib need compat=1.1")
 	case h.Version == 2 && o.DataFile != "":
-		return refuse("data_file", "it needs compat=1.1")
+		err = refuseOption("data_file", "it needs compat=1.1")
 	case o.DataFileRaw && o.DataFile == "":
-		return refuse("data_file_raw", "it needs data_file=")
+		err = refuseOption("data_file_raw", "it needs data_file=")
 	case o.DataFileRaw && o.Backing != "":
-		return refuse("data_file_raw", "a data file that reads as a raw image cannot have a backing file")
+		err = refuseOption("data_file_raw", "a data file that reads as a raw image cannot have a backing file")
 	case o.Preallocation > PreallocateWritten:
-		return refuse("preallocation", "mode %d is not known", o.Preallocation)
+		err = refuseOption("preallocation", "mode %d is not known", o.Preallocation)
 	case o.Preallocation != PreallocateNothing && o.Backing != "" && !o.ExtendedL2:
-		return refuse("preallocation", "with a backing file it needs extended_l2=on: other clusters that are allocated hide what is behind them")
+		err = refuseOption("preallocation", "with a backing file it needs extended_l2=on: other clusters that are allocated hide what is behind them")
 	case o.Backing != "" && o.BackingFormat == "":
-		return refuse("backing_fmt", "a backing file needs its format recorded; guessing it later is not safe")
+		err = refuseOption("backing_fmt", "a backing file needs its format recorded; guessing it later is not safe")
 	case len(o.Backing) > maxBackingName:
-		return refuse("backing_file", "a name of %d bytes is longer than %d", len(o.Backing), maxBackingName)
+		err = refuseOption("backing_file", "a name of %d bytes is longer than %d", len(o.Backing), maxBackingName)
 	case o.Size < 0:
-		return refuse("size", "%d is negative", o.Size)
+		err = refuseOption("size", "%d is negative", o.Size)
+	}
+	if err != nil {
+		return nil, err
 	}
 	h.ClusterBits, h.RefcountOrder = bits.TrailingZeros64(uint64(cluster)), bits.TrailingZeros(uint(width))
 	if h.Version == 2 {
@@ -142,11 +148,15 @@ func (o CreateOptions) plan() (*blueprint, error) {
 	set(&h.Incompatible, ExtendedL2, o.ExtendedL2)
 	set(&h.Compatible, LazyRefcounts, o.LazyRefcounts)
 	set(&h.Autoclear, DataFileRaw, o.DataFileRaw)
+	return h, nil
+}
 
+// layOut gives everything its place, and h the places of its tables.
+func (o CreateOptions) layOut(h *Header) (*blueprint, error) {
 	g := h.Geometry()
 	tooLarge := int64(maxL1Size/8) * g.L2Coverage()
 	if o.Size > tooLarge {
-		return refuse("size", "a disk of %d bytes is too large for clusters of %d, which reach to %d; choose a larger cluster_size", o.Size, cluster, tooLarge)
+		return nil, refuseOption("size", "a disk of %d bytes is too large for clusters of %d, which reach to %d; choose a larger cluster_size", o.Size, g.ClusterSize(), tooLarge)
 	}
 	h.Size = (o.Size + sector - 1) &^ (sector - 1)
 	p := &blueprint{h: h, g: g}
@@ -172,7 +182,7 @@ func (o CreateOptions) plan() (*blueprint, error) {
 		p.blocks, p.table = blocks, table
 	}
 	if p.table > maxRefcountTable>>g.ClusterBits {
-		return refuse("size", "a disk of %d bytes needs too many refcounts; choose a larger cluster_size", o.Size)
+		return nil, refuseOption("size", "a disk of %d bytes needs too many refcounts; choose a larger cluster_size", o.Size)
 	}
 	p.l1 = 1 + p.table + p.blocks
 	p.l2 = p.l1 + p.l1Length
@@ -181,8 +191,8 @@ func (o CreateOptions) plan() (*blueprint, error) {
 	if p.l1Length > 0 {
 		h.L1Offset = p.l1 << g.ClusterBits
 	}
-	if p.first = o.header(h); int64(len(p.first)) > cluster {
-		return refuse("cluster_size", "the names of the backing and the data file do not fit into a header of %d bytes; choose larger clusters", cluster)
+	if p.first = o.header(h); int64(len(p.first)) > g.ClusterSize() {
+		return nil, refuseOption("cluster_size", "the names of the backing and the data file do not fit into a header of %d bytes; choose larger clusters", g.ClusterSize())
 	}
 	return p, nil
 }
