@@ -68,15 +68,7 @@ func (c *conn) read(r *Request) error {
 func (c *conn) tryRead(dst []byte, r *Request) (int, error) {
 	k := c.pin()
 	k.generation = c.lane.EnterRead()
-	if c.lane.Stopping() {
-		c.lane.LeaveRead(k.generation)
-		return 0, state.ErrStopping
-	}
-	img := c.disk.Image
-	err := checkRange(img, r)
-	if err == nil {
-		err = img.Map(&k.plan, r.Offset, r.Length, 0)
-	}
+	err := c.mapRead(&k.plan, r, 0)
 	if err != nil {
 		c.lane.LeaveRead(k.generation)
 		return 0, err
@@ -91,10 +83,29 @@ func (c *conn) tryRead(dst []byte, r *Request) (int, error) {
 		c.pins++
 		return len(dst), nil
 	}
-	img.Unmap(&k.plan)
+	c.disk.Image.Unmap(&k.plan)
 	c.lane.LeaveRead(k.generation)
 	return len(dst), err
 }
+
+// mapRead plans the read r, for which the lane was entered, with its holes where
+// the reply tells them. Unless it fails the caller unmaps p.
+func (c *conn) mapRead(p *backend.Plan, r *Request, mode backend.Mode) error {
+	if c.lane.Stopping() {
+		return state.ErrStopping
+	}
+	img := c.disk.Image
+	if err := checkRange(img, r); err != nil {
+		return err
+	}
+	if c.findsHoles(r) {
+		mode |= backend.FindHoles
+	}
+	return img.Map(p, r.Offset, r.Length, mode)
+}
+
+// findsHoles reports whether the holes of a read are worth finding.
+func (c *conn) findsHoles(r *Request) bool { return r.Length >= findHolesAt && c.codec.Chunked(r) }
 
 // fetch moves the bytes of a mapped plan into dst, which is exactly as long
 // as the plan. With now it returns ErrWait rather than wait for a device.

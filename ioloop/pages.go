@@ -305,21 +305,13 @@ func (t *task) stays() bool {
 // mapPages maps the admitted read t and lays out its reply by reference. If
 // that cannot be done nothing is mapped.
 func (t *task) mapPages() bool {
-	c, r, img := t.conn, &t.req, t.conn.disk.Image
-	if c.lane.Stopping() || checkRange(img, r) != nil {
-		return false
-	}
-	mode := backend.Mode(0)
-	if r.Length >= findHolesAt && c.codec.Chunked(r) {
-		mode = backend.FindHoles
-	}
-	if img.Map(&t.plan, r.Offset, r.Length, mode) != nil {
+	if t.conn.mapRead(&t.plan, &t.req, 0) != nil {
 		return false
 	}
 	if t.lay(true) {
 		return true
 	}
-	img.Unmap(&t.plan)
+	t.conn.disk.Image.Unmap(&t.plan)
 	return false
 }
 

@@ -105,7 +105,7 @@ const maxChunks = 64
 
 // hasHoles reports whether the reply to a read tells its holes.
 func (t *task) hasHoles() bool {
-	if t.req.Length < findHolesAt || len(t.plan.Extents) > maxChunks || !t.conn.codec.Chunked(&t.req) {
+	if len(t.plan.Extents) > maxChunks || !t.conn.findsHoles(&t.req) {
 		return false
 	}
 	for i := range t.plan.Extents {

@@ -161,22 +161,13 @@ func (t *task) store(durable bool) (mapped bool, err error) {
 // fetch reads the request's range into the buffer; with now it returns ErrWait
 // rather than wait. The plan's kinds stay for sendData; its pins are released.
 func (t *task) fetch(now bool) error {
-	r, img, lane := &t.req, t.conn.disk.Image, t.conn.lane
-	defer lane.LeaveRead(lane.EnterRead())
-	if lane.Stopping() {
-		return state.ErrStopping
-	}
-	if err := checkRange(img, r); err != nil {
-		return err
-	}
+	c, r, img := t.conn, &t.req, t.conn.disk.Image
+	defer c.lane.LeaveRead(c.lane.EnterRead())
 	mode := backend.MayBlock
 	if now {
 		mode = 0
 	}
-	if r.Length >= findHolesAt && t.conn.codec.Chunked(r) {
-		mode |= backend.FindHoles
-	}
-	if err := img.Map(&t.plan, r.Offset, r.Length, mode); err != nil {
+	if err := c.mapRead(&t.plan, r, mode); err != nil {
 		return err
 	}
 	err := fetch(img, &t.plan, t.buf.payload(r.Length), now)

@@ -139,14 +139,10 @@ func (c *conn) toRing(t *task) bool {
 // prepareRead admits and maps a read. What is larger than inlineLarge and may
 // be in the page cache is for a worker, which copies it beside this goroutine.
 func (t *task) prepareRead() bool {
-	r, img, lane := &t.req, t.conn.disk.Image, t.conn.lane
-	mode := backend.Mode(0)
-	if r.Length >= findHolesAt && t.conn.codec.Chunked(r) {
-		mode |= backend.FindHoles
-	}
-	g := lane.EnterRead()
-	if lane.Stopping() || checkRange(img, r) != nil || img.Map(&t.plan, r.Offset, r.Length, mode) != nil {
-		lane.LeaveRead(g)
+	c, r := t.conn, &t.req
+	g := c.lane.EnterRead()
+	if c.mapRead(&t.plan, r, 0) != nil {
+		c.lane.LeaveRead(g)
 		return false
 	}
 	data, rest := 0, t.buf.payload(r.Length)
@@ -168,8 +164,8 @@ func (t *task) prepareRead() bool {
 		break
 	}
 	if data == 0 {
-		img.Unmap(&t.plan)
-		lane.LeaveRead(g)
+		c.disk.Image.Unmap(&t.plan)
+		c.lane.LeaveRead(g)
 		return false
 	}
 	t.ring.generation = g
