@@ -291,7 +291,7 @@ func (c *conn) tryWrite(r *Request, payload []byte, p *backend.Plan) error {
 	durable := c.durable(r)
 	for i := range p.Extents {
 		e := &p.Extents[i]
-		if durable && (!e.File.Traits().Tmpfs || img.Info().Mapped) || !e.File.InlineWrite(e.Offset, int(e.Length)) {
+		if !c.writesHere(e, durable) {
 			img.Abort(p)
 			return backend.ErrWait
 		}
@@ -312,6 +312,12 @@ func (c *conn) tryWrite(r *Request, payload []byte, p *backend.Plan) error {
 	}
 	img.Commit(p) // what is durable here is so without a Flush
 	return nil
+}
+
+// writesHere reports whether a write of e is not expected to wait for a device. Where
+// it is to be durable that takes a file and a mapping that are so without a sync.
+func (c *conn) writesHere(e *backend.Extent, durable bool) bool {
+	return e.File.InlineWrite(e.Offset, int(e.Length)) && (!durable || e.File.Traits().Tmpfs && !c.disk.Image.Info().Mapped)
 }
 
 // durable reports whether the reply to r promises that its effect is on disk.

@@ -100,8 +100,7 @@ func (c *conn) prepareOff(w *putOff, r *Request, payload []byte) (place []byte, 
 		return nil, false
 	}
 	if len(w.plan.Extents) == 1 {
-		e := &w.plan.Extents[0]
-		if e.File.InlineWrite(e.Offset, len(payload)) && (!c.durable(r) || e.File.Traits().Tmpfs && !img.Info().Mapped) {
+		if e := &w.plan.Extents[0]; c.writesHere(e, c.durable(r)) {
 			if !e.Fresh {
 				place = e.File.Place(e.Offset, e.Length)
 			}
