@@ -85,13 +85,17 @@ func newBudget(limit int64) *budget {
 	return b
 }
 
+// commonLocked is what is in use of all but the reserve, in bytes: what general
+// has left is its most less this.
+func (b *budget) commonLocked() int64 { return b.used[floor] + b.used[forHeld] + b.used[general] }
+
 // takeLocked takes what is wanted if it is there. first says that nobody came
 // before who waits as well.
 func (b *budget) takeLocked(w want, first bool) (lease, bool) {
 	l := lease{w.n, general}
 	switch {
 	// One request alone always fits, however small the budget.
-	case first && (b.used[floor]+b.used[forHeld]+b.used[general]+w.n <= b.most[general] || b.used[general] == 0):
+	case first && (b.commonLocked()+w.n <= b.most[general] || b.used[general] == 0):
 	case w.small && w.held.Load() == 0 && w.n <= (b.most[reserve]-b.used[reserve])/8:
 		l.of = reserve
 	default:
@@ -140,22 +144,16 @@ func (b *budget) takeFloor(n int64) {
 }
 
 // tryFloor is takeFloor, but only if nobody else has a use for the bytes.
-func (b *budget) tryFloor(n int64) bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.waiters) > 0 || b.used[floor]+b.used[forHeld]+b.used[general]+n > b.most[general] {
-		return false
-	}
-	b.used[floor] += n
-	return true
-}
+func (b *budget) tryFloor(n int64) bool { return b.tryFloorUpTo(b.most[general], n) }
 
 // trySpare is tryFloor for what is only nice to have: with it no more than a
 // quarter of general is in use.
-func (b *budget) trySpare(n int64) bool {
+func (b *budget) trySpare(n int64) bool { return b.tryFloorUpTo(b.most[general]/4, n) }
+
+func (b *budget) tryFloorUpTo(most, n int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(b.waiters) > 0 || b.used[floor]+b.used[forHeld]+b.used[general]+n > b.most[general]/4 {
+	if len(b.waiters) > 0 || b.commonLocked()+n > most {
 		return false
 	}
 	b.used[floor] += n
@@ -224,5 +222,5 @@ func (b *budget) wantedBytes() (n int64) {
 func (b *budget) inUse() int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.used[floor] + b.used[general] + b.used[reserve] + b.used[forHeld]
+	return b.commonLocked() + b.used[reserve]
 }
