@@ -12,6 +12,9 @@ import (
 // the reply.
 const maxDiscard = 2 * wire.MaxRequestPayload
 
+// What check lets pass the loop has buffers for.
+const _ = uint(ioloop.MaxPayload - wire.MaxRequestPayload)
+
 var (
 	errReadOnly   = &refusal{wire.EPERM, "export is read-only"}
 	errNoTrim     = &refusal{wire.EINVAL, "this export does not support TRIM"}

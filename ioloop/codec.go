@@ -41,7 +41,7 @@ type Request struct {
 	Op     Op
 	Flags  Flags
 	Offset int64 // bytes; validated against the connection's size
-	Length int64 // bytes of the image concerned; 0 is answered with success
+	Length int64 // bytes of the image concerned; 0 is answered with success; see MaxPayload
 	// Payload is the number of bytes that follow the header on the wire. It
 	// equals Length for an OpWrite, and for an OpReject it is what has to be
 	// consumed.
@@ -51,6 +51,10 @@ type Request struct {
 	// Tag belongs to the codec: the cookie and what else its replies need.
 	Tag [2]uint64
 }
+
+// MaxPayload bounds the Length of an OpRead and of an OpWrite, in bytes: the loop
+// has no larger buffers. What is larger the codec rejects.
+const MaxPayload = 1 << maxClass
 
 // MaxHeader bounds what one Append call of a Codec adds, in bytes, except
 // AppendError (MaxHeader plus 4096 of text) and AppendStatus (MaxHeader plus
