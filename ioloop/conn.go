@@ -27,7 +27,7 @@ import (
 //	    payload is here: a client that stalls in it delays nobody.
 //	 3. What cannot wait for a device runs at once, in this goroutine, and its
 //	    reply is appended to the reply buffer (inline.go), or sent from the page
-//	    cache (pages.go, splice.go). Everything else becomes a task for the ring (uring.go)
+//	    cache (pages.go, splice.go). Everything else becomes a task for the ring (taskring.go)
 //	    or a worker (taskrun.go), or is parked while the gate holds.
 //	    Writes that go better together are put off to the end of the batch, and
 //	    payloads whose place in the file is in memory are received there at once
