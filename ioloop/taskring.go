@@ -21,19 +21,7 @@ type onRing struct {
 // toRing prepares t and queues it for submit, if that can be done without
 // waiting; otherwise the answer is false and t is for a worker.
 func (c *conn) toRing(t *task) bool {
-	if c.ring == nil {
-		return false
-	}
-	switch t.req.Op {
-	case OpRead:
-		if !t.prepareRead() {
-			return false
-		}
-	case OpWrite:
-		if !t.prepareWrite() {
-			return false
-		}
-	default:
+	if c.ring == nil || !t.prepare() {
 		return false
 	}
 	if c.prepared = append(c.prepared, t); len(c.prepared) == ringEntries {
@@ -42,40 +30,53 @@ func (c *conn) toRing(t *task) bool {
 	return true
 }
 
-// prepareRead admits and maps a read. What is larger than inlineLarge and may
-// be in the page cache is for a worker, which copies it beside this goroutine.
+func (t *task) prepare() bool {
+	switch t.req.Op {
+	case OpRead:
+		return t.prepareRead()
+	case OpWrite:
+		return t.prepareWrite()
+	}
+	return false
+}
+
+// prepareRead admits and maps a read.
 func (t *task) prepareRead() bool {
-	c, r := t.conn, &t.req
+	c := t.conn
 	g := c.lane.EnterRead()
-	if c.mapRead(&t.plan, r, 0) != nil {
+	if c.mapRead(&t.plan, &t.req, 0) != nil {
 		c.lane.LeaveRead(g)
 		return false
 	}
-	data, rest := 0, t.buf.payload(r.Length)
-	for i := range t.plan.Extents {
-		e := &t.plan.Extents[i]
-		part := rest[:e.Length]
-		rest = rest[e.Length:]
-		switch e.Kind {
-		case backend.Zero:
-			clear(part)
-			continue
-		case backend.Data:
-			if e.File.AsyncRead(part, e.Offset) && (r.Length <= inlineLarge || e.File.Traits().Direct) {
-				data++
-				continue
-			}
-		}
-		data = 0
-		break
-	}
-	if data == 0 {
+	if !t.readsAsync() {
 		c.disk.Image.Unmap(&t.plan)
 		c.lane.LeaveRead(g)
 		return false
 	}
 	t.ring.generation = g
 	return true
+}
+
+// readsAsync reports whether the mapped read t has data, and the ring can read all
+// of it; the zeroes between are then in the buffer. What is larger than inlineLarge
+// and may be in the page cache is for a worker, which copies it beside this
+// goroutine.
+func (t *task) readsAsync() bool {
+	data, rest := false, t.buf.payload(t.req.Length)
+	for i := range t.plan.Extents {
+		e := &t.plan.Extents[i]
+		part := rest[:e.Length]
+		rest = rest[e.Length:]
+		switch {
+		case e.Kind == backend.Zero:
+			clear(part)
+		case e.Kind == backend.Data && e.File.AsyncRead(part, e.Offset) && (t.req.Length <= inlineLarge || e.File.Traits().Direct):
+			data = true
+		default:
+			return false
+		}
+	}
+	return data
 }
 
 // prepareWrite admits and prepares a write. Where the answer is false t may
