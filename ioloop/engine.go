@@ -110,6 +110,12 @@ type counts struct {
 	refused, errors               atomic.Uint64
 }
 
+// unread takes a read back that was counted before it failed.
+func (c *counts) unread(r *Request) {
+	c.reads.Add(^uint64(0))
+	c.bytesRead.Add(-uint64(r.Length))
+}
+
 // Stats of a Disk since it was made.
 type Stats struct {
 	Connections  int64  `json:"connections"`

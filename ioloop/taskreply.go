@@ -99,6 +99,58 @@ func (t *task) layData() []segment {
 	return t.segs
 }
 
+// lay makes t.segs the pieces of the reply to a read: its data from the buffer,
+// or by reference if the files have all of it in the page cache. If not the
+// answer is false.
+func (t *task) lay(byReference bool) bool {
+	c, r := t.conn, &t.req
+	extents := t.plan.Extents
+	chunks := t.hasHoles()
+	need := MaxHeader
+	if chunks {
+		need *= len(extents)
+	}
+	if cap(t.heads) < need {
+		t.heads = make([]byte, 0, need)
+	}
+	heads, segs := t.heads[:0], t.segs[:0]
+	if !chunks {
+		heads = c.codec.AppendData(heads, r, 0, r.Length, true)
+		segs = append(segs, segment{b: heads})
+	}
+	var off int64
+	for i := range extents {
+		e := &extents[i]
+		if chunks {
+			last, from := i == len(extents)-1, len(heads)
+			if e.Kind == backend.Zero {
+				heads = c.codec.AppendHole(heads, r, off, e.Length, last)
+			} else {
+				heads = c.codec.AppendData(heads, r, off, e.Length, last)
+			}
+			segs = append(segs, segment{b: heads[from:]})
+		}
+		var b []byte
+		switch {
+		case chunks && e.Kind == backend.Zero:
+		case !byReference:
+			b = t.buf.payload(r.Length)[off : off+e.Length]
+		case e.Kind != backend.Data || !e.File.Reaches(e.Offset+e.Length):
+			return false
+		default:
+			if b = e.File.Pages(e.Offset, e.Length); b == nil {
+				return false
+			}
+		}
+		if b != nil {
+			segs = append(segs, segment{b: b})
+		}
+		off += e.Length
+	}
+	t.heads, t.segs = heads, segs
+	return len(segs) <= maxSegments || !byReference
+}
+
 // maxChunks is the most pieces that a reply with holes has. One of more, as of
 // a fragmented image, is sent whole: a client has work with each.
 const maxChunks = 64
