@@ -27,27 +27,27 @@ import (
 //	    payload is here: a client that stalls in it delays nobody.
 //	 3. What cannot wait for a device runs at once, in this goroutine, and its
 //	    reply is appended to the reply buffer (inline.go), or sent from the page
-//	    cache (pages.go, splice.go). Everything else becomes a task for the ring (taskring.go)
-//	    or a worker (taskrun.go), or is parked while the gate holds.
-//	    Writes that go better together are put off to the end of the batch, and
-//	    payloads whose place in the file is in memory are received there at once
-//	    (putoff.go).
-//	 4. When the input has no complete request left, or the replies reach
-//	    what is sent at once, they go out in one send (conn.flush). What the socket does not
-//	    take is queued (outgoing.go); receiving goes on until the connection's
-//	    share of the memory is used up. Between two batches others get their turn
-//	    (yield.go).
+//	    cache (pages.go, refer.go). Everything else becomes a task for the ring
+//	    (taskring.go) or a worker (taskrun.go), or is parked while the gate
+//	    holds (park.go, hold.go). Writes that go better together are put off to
+//	    the end of the batch, and payloads whose place in the file is in memory
+//	    are received there at once (putoff.go).
+//	 4. When the input has no complete request left, or the replies reach what
+//	    is sent at once, they go out in one send (conn.flush). What the socket
+//	    does not take is queued (outgoing.go); receiving goes on until the
+//	    connection's share of the memory is used up. Between two batches others
+//	    get their turn (yield.go).
 //
 // An admission is held from the gate's verdict to the end of the storage I/O,
 // and never across a wait for memory or for a client. Nor is memory that
 // others may wait for held by who waits for more of it.
 const (
-	inputSize    = 64 << 10 // bytes of one receive; 256 KiB is slower for 4k writes, the client idles
-	replySize    = 64 << 10
-	flushAt      = 48 << 10
+	inputSize    = 64 << 10  // bytes of one receive; 256 KiB is slower for 4k writes, the client idles
+	replySize    = 64 << 10  // bytes of replies sent at once
+	flushAt      = 48 << 10  // from here on they are sent, if they were copied
 	deepReply    = 256 << 10 // of replies by reference, see filledUp
-	flushRoom    = 20 << 10  // left in a reply buffer that goes out
-	staysDeep    = 64        // replies after one that was deep
+	flushRoom    = 20 << 10  // a reply buffer with replies by reference and no more room goes out
+	staysDeep    = 64        // reply buffers after one that was deep
 	smallPayload = 32 << 10  // larger payloads are received apart
 	inlineRead   = 32 << 10  // larger reads get a buffer of their own
 	inlineLarge  = 256 << 10 // larger ones always a worker: copying them here would hold up the connection

@@ -369,14 +369,3 @@ func checkRange(img backend.Image, r *Request) error {
 	return fmt.Errorf("range %d+%d lies past the end of image %s, which has only %d bytes since it was activated: %w",
 		r.Offset, r.Length, img.Info().Path, size, errno)
 }
-
-// giveWay is called after n bytes were moved by this thread. Where cores are
-// scarce the kernel lets a busy thread go on for milliseconds while another
-// connection's small request waits. p99 of 4k reads at depth 1 beside 1M reads at
-// depth 16, two cores, without and so: 5 to 9 ms and 0.25 to 1.4, in one round
-// of twelve 3.9; the 1M reads are as fast.
-func giveWay(n int64) {
-	if n >= inlineLarge {
-		yieldCore()
-	}
-}

@@ -2,10 +2,7 @@ package ioloop
 
 import (
 	"runtime"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // A connection that is the only busy one of the process asks its socket again
@@ -79,9 +76,6 @@ func (s *spinner) again() bool {
 	yieldCore()
 	return true
 }
-
-// yieldCore lets other threads that want this core have it first.
-func yieldCore() { _, _, _ = syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
 
 // got ends the wait, if there was one.
 func (s *spinner) got() {

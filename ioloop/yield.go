@@ -3,7 +3,10 @@ package ioloop
 import (
 	"runtime"
 	"sync/atomic"
+	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/internal/turns"
 )
@@ -63,3 +66,17 @@ func (y *yielder) offerCore(now time.Duration) {
 		yieldCore()
 	}
 }
+
+// giveWay is called after n bytes were moved by this thread. Where cores are
+// scarce the kernel lets a busy thread go on for milliseconds while another
+// connection's small request waits. p99 of 4k reads at depth 1 beside 1M reads at
+// depth 16, two cores, without and so: 5 to 9 ms and 0.25 to 1.4, in one round
+// of twelve 3.9; the 1M reads are as fast.
+func giveWay(n int64) {
+	if n >= inlineLarge {
+		yieldCore()
+	}
+}
+
+// yieldCore lets other threads that want this core have it first.
+func yieldCore() { _, _, _ = syscall.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0) }
