@@ -86,8 +86,8 @@ func (c *conn) gather(p *backend.Plan, dst []byte, at int) error {
 }
 
 // sendGaps sends the reply buffer, with its gaps' bytes, as far as the socket
-// takes it, and splices them if it is told to. The caller is the sender.
-func (c *conn) sendGaps(splices bool) (sent int) {
+// takes it. The caller is the sender.
+func (c *conn) sendGaps() (sent int) {
 	ok, waits := c.reach()
 	if !ok {
 		return 0
@@ -99,7 +99,7 @@ func (c *conn) sendGaps(splices bool) (sent int) {
 		at = g.at + len(g.pages)
 	}
 	segs = append(segs, c.reply.raw[at:c.filled])
-	if splices {
+	if c.splices() {
 		sent = c.splice(segs, c.filled, c.spliced.bytes, waits)
 	} else {
 		sent = c.out.sendPages(segs, c.filled, waits)

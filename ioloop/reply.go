@@ -17,7 +17,6 @@ type batch struct {
 // flush carries out the writes put off, submits the tasks for the ring and sends
 // the replies collected so far.
 func (c *conn) flush() {
-	splices := len(c.gaps) > 0 && c.splices()
 	c.settle()
 	c.submit()
 	c.batch.addTo(&c.disk.counts)
@@ -28,7 +27,7 @@ func (c *conn) flush() {
 	c.sound()
 	sent, sender := 0, c.out.hold()
 	if sender {
-		sent = c.sendGaps(splices)
+		sent = c.sendGaps()
 	}
 	reads := c.fillGaps(sent)
 	c.sendReply(sent, sender)
