@@ -291,8 +291,8 @@ func (c *conn) unpeek() {
 
 // receiveInPlace receives a large payload where it belongs, and answers its
 // request, if all of the payload is in the socket. done is false if it has done
-// nothing.
-func (c *conn) receiveInPlace(r *Request) (done bool, err error) {
+// nothing. lost is why the payload could not be received: the connection ends.
+func (c *conn) receiveInPlace(r *Request) (done bool, lost error) {
 	if c.aloof || c.peeker == nil || c.disk.unseen == nil || c.r != c.w || !c.isHere(r.Payload) {
 		return false, nil
 	}
@@ -315,7 +315,7 @@ func (c *conn) receiveInPlace(r *Request) (done bool, err error) {
 		c.lane.Leave()
 		return false, nil
 	}
-	lost := error(nil)
+	var err error // of the write
 	if rest := c.takeInto(place); rest > 0 {
 		err, lost = c.storeRest(e.File, e.Offset+e.Length-int64(rest), rest)
 	}
