@@ -30,11 +30,14 @@ type waiters struct {
 	gone        bool // the connection is ending: none may wait any more
 }
 
+// slows reports whether writers may have to wait at present. p may be nil.
+func (p *Pace) slows() bool { return p != nil && p.on.Load() }
+
 // pass reports whether r may ask the gate at once. If not it must become a task,
 // which waits first.
 func (c *conn) pass(r *Request) bool {
 	p := c.pace
-	if p == nil || !p.on.Load() {
+	if !p.slows() {
 		return true
 	}
 	n := p.dirties(r)
@@ -53,7 +56,7 @@ func (c *conn) noteDirty(r *Request) {
 // wait keeps t until it may ask the gate, if it has to; otherwise the answer is
 // false. If the connection is ending it forgets t.
 func (p *Pace) wait(t *task) bool {
-	if p == nil || t.passed || !p.on.Load() {
+	if t.passed || !p.slows() {
 		return false
 	}
 	n := p.dirties(&t.req)

@@ -33,13 +33,19 @@ func (s *slowSync) Ahead(ctx context.Context, images int, sync func(context.Cont
 	})
 }
 
+func newSlowSync(limit int64) *slowSync {
+	return &slowSync{Pace: NewPace(limit), begun: make(chan int, 100), goOn: make(chan error)}
+}
+
+// pacer is rigConfig.pacer.
+func (s *slowSync) pacer(d *Disk) state.Pacer {
+	d.SetPace(s.Pace)
+	return s
+}
+
 func newPacedRig(t *testing.T, limit int64) (*rig, *slowSync) {
-	s := &slowSync{Pace: NewPace(limit), begun: make(chan int, 100), goOn: make(chan error)}
-	r := newRig(t, rigConfig{pacer: func(d *Disk) state.Pacer {
-		d.SetPace(s.Pace)
-		return s
-	}})
-	return r, s
+	s := newSlowSync(limit)
+	return newRig(t, rigConfig{pacer: s.pacer}), s
 }
 
 // waits is how many requests wait for their turn.
@@ -187,11 +193,8 @@ func TestHeldThenPaced(t *testing.T) {
 		"disconnect": func(r *rig, _ *slowSync, c *client) { c.send(OpDisconnect, 0, 0, 0, nil); r.m.Cancel() },
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := &slowSync{Pace: NewPace(2 * piece), begun: make(chan int, 100), goOn: make(chan error)}
-			r := newHoldingRig(t, rigConfig{pacer: func(d *Disk) state.Pacer {
-				d.SetPace(s.Pace)
-				return s
-			}})
+			s := newSlowSync(2 * piece)
+			r := newHoldingRig(t, rigConfig{pacer: s.pacer})
 			slow := newBlocker()
 			r.img.set(func(h *hooked) { h.preparing = func(_ int64, m backend.Mode) error { return slow.mode(m) } })
 			c := r.connect(&testCodec{})
@@ -412,4 +415,35 @@ func TestDirties(t *testing.T) {
 			t.Errorf("%+v: %d, %d", c.r, a, b)
 		}
 	}
+}
+
+// A write that was to be received in place, and cannot be, counts once.
+func TestPaceChargesOnce(t *testing.T) {
+	s := newSlowSync(64 * piece)
+	r := newRig(t, rigConfig{tmpfs: true, pacer: s.pacer})
+	d := r.drive(socketpair)
+	d.batch(1, piece, 0) // shows that it pays to look at payloads
+	r.img.set(func(h *hooked) {
+		h.preparing = func(_ int64, m backend.Mode) error {
+			if m&backend.MayBlock == 0 {
+				return backend.ErrWait
+			}
+			return nil
+		}
+	})
+	inactive := background(r.inactivate)
+	await(t, s.begun, "the first sync")
+	eventually(t, "writers are slowed", s.on.Load)
+	left := func() int64 {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return s.mu.allowance
+	}
+	before := left()
+	d.batch(2, piece, 2*piece)
+	if n := before - left(); n != piece {
+		t.Errorf("%d bytes of the allowance for a write of %d", n, piece)
+	}
+	close(s.goOn)
+	await(t, inactive, "inactivation")
 }

@@ -299,6 +299,9 @@ func (c *conn) receiveInPlace(r *Request) (done bool, lost error) {
 	if c.durable(r) && c.disk.Image.Info().Mapped {
 		return false, nil // the mapping needs a Flush, which may wait
 	}
+	if c.pace.slows() {
+		return false, nil // if it came to nothing the write would be charged twice
+	}
 	if admitted, _, _ := c.admit(r); !admitted {
 		return false, nil // asked again when the payload is here
 	}
