@@ -315,12 +315,10 @@ func (h *hooked) Discard(off, n int64) error {
 	return h.Image.Discard(off, n)
 }
 
-// blockAt makes what touches [off, off+n) wait, as for a slow device. The
-// first channel gets a value for each that waits, closing the second lets all
-// go on. Without MayBlock it answers ErrWait.
+// blocker makes who calls it wait, as for a slow device.
 type blocker struct {
-	entered chan struct{}
-	leave   chan struct{}
+	entered chan struct{} // gets a value for each that waits
+	leave   chan struct{} // closed, all go on
 }
 
 func newBlocker() *blocker {
@@ -332,6 +330,7 @@ func (b *blocker) wait() {
 	<-b.leave
 }
 
+// mode is wait for who may, and ErrWait for others.
 func (b *blocker) mode(m backend.Mode) error {
 	if m&backend.MayBlock == 0 {
 		return backend.ErrWait
@@ -485,7 +484,7 @@ func (r *rig) checkConn(c *conn) {
 	}
 }
 
-// only is the connection the engine serves for c.
+// connOf is the connection that the engine serves over nc; nil if it serves none.
 func (r *rig) connOf(nc net.Conn) *conn {
 	for _, c := range r.e.all() {
 		if c.nc == nc {

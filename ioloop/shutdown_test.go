@@ -15,7 +15,7 @@ import (
 	"github.com/nbd-export/nbd-export/state"
 )
 
-// reads until the end; the client then closes its side too.
+// drainReplies receives until the end; the client then closes its side too.
 func (c *client) drainReplies() (all []answer, err error) {
 	for {
 		a, err := c.receive()
