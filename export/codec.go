@@ -174,8 +174,7 @@ func (c *codec) AppendDone(dst []byte, r *ioloop.Request) []byte {
 	return appendChunk(dst, r, wire.ReplyNone, 0, true)
 }
 
-// AppendError implements ioloop.Codec: the whole reply, or the end of one
-// whose chunks so far did not have last set.
+// AppendError implements ioloop.Codec.
 func (c *codec) AppendError(dst []byte, r *ioloop.Request, err error) []byte {
 	errno := wireErrno(err, requestOf(r))
 	if !c.structured {

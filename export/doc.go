@@ -18,7 +18,8 @@
 //     EXTENDED_HEADERS and everything unknown get ERR_UNSUP and haggling goes
 //     on. Errors carry a text that says what is wrong.
 //   - Infos: EXPORT and BLOCK_SIZE always; NAME and DESCRIPTION on request.
-//   - Metadata context: base:allocation.
+//   - Metadata contexts: base:allocation, and qemu:dirty-bitmap:NAME for the
+//     bitmaps of an export.
 //   - Transmission flags: SEND_FLUSH, SEND_FUA and SEND_CACHE always;
 //     CAN_MULTI_CONN unless only one connection is allowed; SEND_DF with
 //     structured replies; ROTATIONAL by the image;
@@ -50,6 +51,8 @@
 //     past the end, or anything the host says that NBD has no code for.
 //   - ENOSPC: a WRITE or WRITE_ZEROES past the end; disk full; quota.
 //   - EIO: the host's storage failed, or the image is in a failed state.
+//   - ENOMEM: as the host says it.
+//   - EOVERFLOW: likewise, where the specification allows it.
 //   - ENOTSUP: a FAST_ZERO request that would not be fast, nothing else.
 //   - ESHUTDOWN: the server is stopping.
 //

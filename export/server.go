@@ -60,7 +60,7 @@ type Server struct {
 	Shared int
 	// TLS, if not nil, is required of every client; see NewTLS.
 	TLS *tls.Config
-	// HandshakeTimeout bounds a handshake as a whole; 0 means 10 s.
+	// HandshakeTimeout bounds a handshake as a whole; 0 means 10 s, less none.
 	HandshakeTimeout time.Duration
 
 	once sync.Once

@@ -65,12 +65,11 @@ const MaxHeader = 64
 // holds no sockets. Decode is called by one goroutine; the Append methods by
 // several at once, so they only read the codec.
 //
-// A reply is either one AppendError, one AppendDone, one AppendStatus for each
-// of Contexts in order, or for an OpRead a sequence of AppendData (each followed by exactly n payload
-// bytes that the loop supplies) and AppendHole calls that cover the request
-// in order; last marks the final one. After an error in the middle of such a
-// sequence the loop calls AppendError if Chunked said yes, and drops the
-// connection otherwise.
+// A reply is either one AppendError, one AppendDone, one AppendStatus for each of
+// Contexts in order, or for an OpRead a sequence of AppendData (each followed by
+// exactly n payload bytes that the loop supplies) and AppendHole calls that cover
+// the request in order; last marks the final one. An error in the middle of such a
+// sequence ends the connection.
 type Codec interface {
 	// Decode takes one request header from the front of b. It returns the
 	// bytes used, or 0 if b does not hold a whole header. An error means that
@@ -80,7 +79,9 @@ type Codec interface {
 	// Chunked reports whether the reply to this OpRead may be made of several
 	// pieces and holes. If not, it is exactly one AppendData(0, Length, true).
 	Chunked(r *Request) bool
+	// AppendData is what precedes n bytes of an OpRead, off bytes into it.
 	AppendData(dst []byte, r *Request, off, n int64, last bool) []byte
+	// AppendHole says that n bytes are zeroes; only where Chunked says yes.
 	AppendHole(dst []byte, r *Request, off, n int64, last bool) []byte
 
 	// AppendDone is success without content.

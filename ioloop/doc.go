@@ -5,6 +5,7 @@
 // (package state).
 //
 // One goroutine per connection receives, decodes, and executes inline what
-// cannot wait for a device; the rest goes to an io_uring or to workers, and a writer goroutine
-// exists only while a client does not take its replies.
+// cannot wait for a device; the rest goes to an io_uring or to workers, and a
+// writer goroutine exists only while a client does not take its replies. The
+// pipeline stands in conn.go.
 package ioloop

@@ -20,7 +20,7 @@ import (
 type Config struct {
 	Memory  int64       // bytes for all payloads of the process; 256 MiB
 	Workers int         // most blocking operations at once; 32
-	Log     *zap.Logger // none
+	Log     *zap.Logger // nothing is logged
 	// StallLimit is how long a client may take to move 32 KiB, or all that it
 	// owes, while others wait for the memory it holds, before it is
 	// disconnected; 10 s.
@@ -30,8 +30,8 @@ type Config struct {
 	Ring *Uring
 }
 
-// Engine is what all connections of a process share. Its
-// methods may be called concurrently.
+// Engine is what all connections of a process share. Its methods may be called
+// concurrently.
 type Engine struct {
 	limit   int64 // of budget
 	budget  *budget
@@ -119,7 +119,7 @@ func (c *counts) unread(r *Request) {
 // Stats of a Disk since it was made.
 type Stats struct {
 	Connections  int64  `json:"connections"`
-	InFlight     int64  `json:"in-flight"`  // requests with a worker, or parked
+	InFlight     int64  `json:"in-flight"`  // requests that wait: for storage, for the gate, for their turn
 	Held         int64  `json:"held"`       // of these, writes held until the image is active
 	HeldBytes    int64  `json:"held-bytes"` // their payloads
 	Reads        uint64 `json:"reads"`
@@ -128,7 +128,7 @@ type Stats struct {
 	Others       uint64 `json:"others"`
 	BytesRead    uint64 `json:"bytes-read"`
 	BytesWritten uint64 `json:"bytes-written"`
-	Refused      uint64 `json:"refused"` // by the gate
+	Refused      uint64 `json:"refused"` // since the image was inactive, or the server stopped
 	Errors       uint64 `json:"errors"`  // answered with any other error
 	// Ahead is how the present inactivation syncs ahead, or the last one did;
 	// nil without a Pace.
@@ -248,8 +248,8 @@ func (e *Engine) acquire(w want, c *conn) (lease, bool) {
 
 var errStalled = errors.New("the client has moved next to nothing for too long while others waited for the memory it held")
 
-// evictStalled disconnects clients that have moved next to nothing for longer than the
-// stall limit while others wait for memory, as many as it takes, those that
+// evictStalled disconnects clients that have moved next to nothing for longer than
+// the stall limit while others wait for memory, as many as it takes, those that
 // stalled first first.
 func (e *Engine) evictStalled(calm <-chan struct{}) {
 	tick := time.NewTicker(max(e.stall/4, time.Millisecond))

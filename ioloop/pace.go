@@ -64,7 +64,7 @@ type Pace struct {
 // PaceStats is what syncing ahead has come to, in the inactivation under way
 // or else in the last one.
 type PaceStats struct {
-	Syncs int `json:"syncs"`
+	Syncs int `json:"syncs"` // that have ended
 	// Dirty is what was written, zeroed or discarded since the last of them
 	// began, in bytes of whole pages: what closing the gate leaves to write.
 	Dirty uint64 `json:"dirty-bytes"`
