@@ -2,6 +2,7 @@ package export
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"io"
@@ -284,6 +285,8 @@ func (m *inMemory) Serve(nc net.Conn, c ioloop.Codec, _ *ioloop.Disk) error {
 		}
 	}
 }
+
+func (m *inMemory) Shutdown(context.Context) {}
 
 func noErrEOF(err error) error {
 	if err == io.EOF {

@@ -35,11 +35,8 @@ type Mover interface {
 	// Serve moves the requests of one connection until it ends, and closes
 	// nc. Closing nc from elsewhere must end it.
 	Serve(nc net.Conn, c ioloop.Codec, d *ioloop.Disk) error
-}
-
-// finisher is a Mover that can end its connections in order: what they have
-// asked is answered, and it returns when all are closed, or with ctx.
-type finisher interface {
+	// Shutdown ends all connections in order: what they have asked is answered. It
+	// returns when all are closed, or with ctx. Serve takes no more.
 	Shutdown(ctx context.Context)
 }
 
@@ -300,17 +297,15 @@ func (s *Server) Refuse() {
 
 // Shutdown is Refuse, and connections end when what they have sent is
 // answered. When ctx ends before all of that, the rest is closed without, and
-// the error is ctx's; goroutines may then still be waiting for storage.
+// the error is ctx's; goroutines may then still be waiting for storage. The Mover
+// is shut down, so it is for the end of the process; Close leaves it alone.
 //
 // The machines of the exports should be stopped first: then requests that are
 // parked get their ESHUTDOWN instead of keeping their connection.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.Refuse()
-	f, ok := s.Mover.(finisher)
-	if ok {
-		f.Shutdown(ctx)
-	}
-	// Whoever the Mover does not know (yet) gets to see the end of its input.
+	s.Mover.Shutdown(ctx)
+	// Whoever the Mover did not know yet gets to see the end of its input.
 	s.mu.Lock()
 	for c := range s.conns {
 		if c.export != nil {

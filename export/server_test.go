@@ -196,6 +196,8 @@ func (waiting) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk) error {
 	return nil
 }
 
+func (waiting) Shutdown(context.Context) {}
+
 // stuck is a Mover that only ends when its connection is closed.
 type stuck struct{}
 
@@ -207,6 +209,8 @@ func (stuck) Serve(nc net.Conn, _ ioloop.Codec, _ *ioloop.Disk) error {
 		time.Sleep(time.Millisecond)
 	}
 }
+
+func (stuck) Shutdown(context.Context) {}
 
 // orderly is a Mover that has its own way of ending connections.
 type orderly struct {
