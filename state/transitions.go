@@ -1,9 +1,6 @@
 package state
 
-import (
-	"fmt"
-	"strings"
-)
+import "fmt"
 
 // State is where an image's ownership stands.
 type State uint8
@@ -163,22 +160,6 @@ func init() {
 			}
 		}
 	}
-}
-
-// Diagram renders the table as a Mermaid state diagram, for the docs.
-func Diagram() string {
-	id := strings.NewReplacer("(", "_", ")", "")
-	var b strings.Builder
-	b.WriteString("stateDiagram-v2\n    [*] --> inactive\n")
-	for s := range table {
-		for e, c := range table[s] {
-			if c.kind == moves {
-				fmt.Fprintf(&b, "    %s --> %s: %s\n", id.Replace(State(s).String()), id.Replace(c.next.String()), Event(e))
-			}
-		}
-	}
-	b.WriteString("    closed --> [*]\n")
-	return b.String()
 }
 
 // After is what e leads to from s. ok is false if s refuses e (an order), or if
