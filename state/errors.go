@@ -82,6 +82,24 @@ func syncFailed(err error) bool {
 	return errors.As(err, &s) && s.SyncFailed()
 }
 
+// fenced reports whether err says that another process may own the image;
+// such errors have a Fenced method.
+func fenced(err error) bool {
+	var f interface{ Fenced() bool }
+	return errors.As(err, &f) && f.Fenced()
+}
+
+// failure is the event that an error of an image's method means.
+func failure(err error) Event {
+	switch {
+	case fenced(err):
+		return Fenced
+	case syncFailed(err):
+		return SyncFailed
+	}
+	return InactivateFailed
+}
+
 // joinErrors makes one line of two errors.
 func joinErrors(a, b error) error {
 	if a == nil {

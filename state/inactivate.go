@@ -134,17 +134,6 @@ func (op *operation) rollBack(bad *Machine, settled int, at Step, err error) err
 	return err
 }
 
-// failure is the event that an error of an image's method means.
-func failure(err error) Event {
-	switch {
-	case fenced(err):
-		return Fenced
-	case syncFailed(err):
-		return SyncFailed
-	}
-	return InactivateFailed
-}
-
 // release is the part after which another process may own the images. What
 // fails here is observed, but no failure of the order: the images are
 // released all the same, and a caller that took it for one might roll back.

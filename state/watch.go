@@ -1,7 +1,6 @@
 package state
 
 import (
-	"errors"
 	"sync"
 	"time"
 )
@@ -97,11 +96,4 @@ func (m *Machine) check(lane *Lane, w *watch) bool {
 	}
 	lane.LeaveRead(g)
 	return true
-}
-
-// fenced reports whether err says that another process may own the image;
-// such errors have a Fenced method.
-func fenced(err error) bool {
-	var f interface{ Fenced() bool }
-	return errors.As(err, &f) && f.Fenced()
 }
