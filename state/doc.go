@@ -1,7 +1,7 @@
 // Package state decides who owns an image.
 //
-// Each image has a Machine: its ownership state, its epoch and its Gate. The
-// Gate says of every request whether it may run now, must wait or is refused;
+// Each image has a Machine: its ownership state, its epoch and its gate. The
+// gate says of every request whether it may run now, must wait or is refused;
 // the Machine changes the answer, in an order in which at no moment two
 // processes may write. What it moves is anything that satisfies Image; the
 // package knows no protocol, no format and no files, and imports nothing of

@@ -75,7 +75,7 @@ var verdicts = [numModes][numClasses]Verdict{
 	modeStopping: {Mutate: Refused, Query: Refused, Flush: Refused},
 }
 
-// Gate admits the requests of one image.
+// gate admits the requests of one image.
 //
 // The fast path writes no cache line that another connection writes: each
 // connection counts its own admissions in a Lane, and only a transition sums
@@ -96,7 +96,7 @@ var verdicts = [numModes][numClasses]Verdict{
 // A pair of Enter and Leave, or of EnterRead and LeaveRead, takes 4.3 ns on one
 // core of an AMD EPYC, as much on each of two, and allocates nothing
 // (BenchmarkEnterLeave, BenchmarkEnterLeaveRead, best of 20).
-type Gate struct {
+type gate struct {
 	// word is the mode, and in units of oneLoss how often ownership was lost;
 	// written by transitions only.
 	word   atomic.Uint64
@@ -115,7 +115,7 @@ type Gate struct {
 	}
 }
 
-// oneLoss separates the mode from the count in Gate.word.
+// oneLoss separates the mode from the count in gate.word.
 const oneLoss = 1 << 8
 
 func modeOf(word uint64) mode { return mode(word % oneLoss) }
@@ -129,20 +129,20 @@ type Lane struct {
 	wrote   atomic.Uint64 // Arrival of the last write admitted, 0 for none
 	_       [64]byte
 	dropped atomic.Bool // its next FLUSH is Dropped
-	gate    *Gate
+	gate    *gate
 	reopen  func()
 	oldest  func() (what string, since time.Time)
 	machine *Machine
 }
 
-func newGate() *Gate {
-	g := &Gate{kick: make(chan struct{}, 1)}
+func newGate() *gate {
+	g := &gate{kick: make(chan struct{}, 1)}
 	g.mu.lanes = make(map[*Lane]struct{})
 	return g
 }
 
 // join adds a lane; see Machine.Lane.
-func (g *Gate) join(m *Machine, reopen func(), oldest func() (string, time.Time)) *Lane {
+func (g *gate) join(m *Machine, reopen func(), oldest func() (string, time.Time)) *Lane {
 	l := &Lane{gate: g, machine: m, reopen: reopen, oldest: oldest}
 	g.mu.Lock()
 	g.mu.lanes[l] = struct{}{}
@@ -288,7 +288,7 @@ func (l *Lane) Fault(err error) { l.machine.fault(SyncFailed, err) }
 // set changes the mode and what Refused requests are told. The caller runs the
 // functions it returns, which let parked requests look again, after giving up
 // its own locks. Stopping is for good.
-func (g *Gate) set(m mode, refusal error) (reopen []func()) {
+func (g *gate) set(m mode, refusal error) (reopen []func()) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	word := g.word.Load()
@@ -314,7 +314,7 @@ func (g *Gate) set(m mode, refusal error) (reopen []func()) {
 
 // lose counts a loss of ownership. It comes before the mode in which others
 // may own the image.
-func (g *Gate) lose() {
+func (g *gate) lose() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.word.Add(oneLoss)
@@ -322,7 +322,7 @@ func (g *Gate) lose() {
 
 // drop has the next FLUSH of each connection told that it comes too late for what
 // was written before. The mode lets none in.
-func (g *Gate) drop() {
+func (g *gate) drop() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for l := range g.mu.lanes {
@@ -332,13 +332,13 @@ func (g *Gate) drop() {
 
 // drain waits until no request but reads is admitted; the mode admits none.
 // slow is called once if that takes longer than patience.
-func (g *Gate) drain(patience time.Duration, slow func(oldest string, age time.Duration)) {
+func (g *gate) drain(patience time.Duration, slow func(oldest string, age time.Duration)) {
 	g.await(func(l *Lane) bool { return l.others.Load() == 0 }, patience, slow)
 }
 
 // synchronize waits until every read that may use the view published before
 // is done. New reads are not held up.
-func (g *Gate) synchronize(patience time.Duration, slow func(oldest string, age time.Duration)) {
+func (g *gate) synchronize(patience time.Duration, slow func(oldest string, age time.Duration)) {
 	old := g.parity.Load()
 	g.parity.Store(1 - old)
 	g.await(func(l *Lane) bool { return l.reads[old].Load() == 0 }, patience, slow)
@@ -347,7 +347,7 @@ func (g *Gate) synchronize(patience time.Duration, slow func(oldest string, age 
 // await waits until all lanes are empty, looking again after each leave. There
 // is one await at a time, of the machine's operation under way (two would take
 // each other's kicks).
-func (g *Gate) await(empty func(*Lane) bool, patience time.Duration, slow func(string, time.Duration)) {
+func (g *gate) await(empty func(*Lane) bool, patience time.Duration, slow func(string, time.Duration)) {
 	g.watchers.Add(1)
 	defer g.watchers.Add(-1)
 	timer := time.NewTimer(patience)
@@ -366,7 +366,7 @@ func (g *Gate) await(empty func(*Lane) bool, patience time.Duration, slow func(s
 	}
 }
 
-func (g *Gate) allLanes(empty func(*Lane) bool) bool {
+func (g *gate) allLanes(empty func(*Lane) bool) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	for l := range g.mu.lanes {
@@ -378,7 +378,7 @@ func (g *Gate) allLanes(empty func(*Lane) bool) bool {
 }
 
 // oldest asks the lanes for their oldest admitted request.
-func (g *Gate) oldest() (what string, age time.Duration) {
+func (g *gate) oldest() (what string, age time.Duration) {
 	g.mu.Lock()
 	lanes := make([]*Lane, 0, len(g.mu.lanes))
 	for l := range g.mu.lanes {

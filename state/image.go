@@ -3,7 +3,7 @@ package state
 import "context"
 
 // Image is what a Machine moves between owners. One goroutine at a time calls
-// these methods; requests run beside them as the Gate allows.
+// these methods; requests run beside them as the gate allows.
 //
 // An error that has a SyncFailed() bool method returning true means that the
 // kernel reported lost writes: the Machine goes to FailedIO. One with such a

@@ -42,7 +42,7 @@ type Options struct {
 	Pacer Pacer
 	// Patience is 5 s when zero.
 	Patience time.Duration
-	// Watch is how often an active image is checked (Watcher); 1 s when zero.
+	// Watch is how often an owned image is checked (Image.Check); 1 s when zero.
 	Watch time.Duration
 	// Later runs what a transition leaves to be done and nobody is to wait for.
 	// nil: the transition does it.
@@ -86,7 +86,7 @@ type Status struct {
 type Machine struct {
 	img  Image
 	name string
-	gate *Gate
+	gate *gate
 	opt  Options
 
 	// owned: the image is acquired and not released. Used only by the
