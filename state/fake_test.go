@@ -486,8 +486,8 @@ func (r *rig) on(s Step, f func(image string)) {
 	r.mu.Unlock()
 }
 
-// pauseAt stops the first image that comes to step s until go_ is closed;
-// there is closed when it has come.
+// pauseAt stops the first image that comes to step s until goOn is called; there
+// is closed when it has come.
 func (r *rig) pauseAt(s Step) (there <-chan struct{}, goOn func()) {
 	in, out := make(chan struct{}), make(chan struct{})
 	var once sync.Once

@@ -36,7 +36,7 @@ func TestHoldVerdicts(t *testing.T) {
 	}
 }
 
-// ask again as a write that came at since.
+// again asks as a write that came at since.
 func again(l *Lane, since Arrival) (Verdict, Arrival) {
 	v, since := l.EnterAgain(Mutate, since)
 	if v == Admitted {

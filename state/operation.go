@@ -103,7 +103,7 @@ func (op *operation) tryBegin(order Event, first Step, ms []*Machine) (started b
 			break
 		}
 	}
-	if err != nil || len(joined)+len(busy)+len(op.machines) == 0 || len(joined)+len(busy) != 0 {
+	if err != nil || len(joined)+len(busy) > 0 || len(op.machines) == 0 {
 		unlockAll(ms)
 		return false, joined, busy, err
 	}

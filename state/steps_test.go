@@ -28,7 +28,7 @@ func prepare(t *testing.T, opt Options, s State) *rig {
 	return r
 }
 
-// outcomeOf is one failure injected into one transition of the group.
+// stepCase is one failure, or several, in one transition of the group.
 type stepCase struct {
 	fail   string // methods that fail, as "a.Settle=sync b.Unsettle=io"
 	err    string
