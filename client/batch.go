@@ -284,7 +284,6 @@ func (b *Batch) fill(fd uintptr) (blocked bool) {
 	for b.more && len(b.free) > 0 && b.out.room() {
 		op := &b.slots[b.free[len(b.free)-1]]
 		op.reset()
-		op.Cmd, op.Flags, op.Offset, op.Length, op.Data = 0, 0, 0, 0, nil
 		op.Start = b.now
 		wait, more := b.src.Next(op, b.now)
 		if !more {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -295,25 +296,17 @@ func TestConnBroken(t *testing.T) {
 }
 
 func TestConnClose(t *testing.T) {
-	discs := make(chan bool, 1)
+	came, discs := make(chan struct{}), make(chan bool, 1)
 	uri := startFake(t, fakeServer{size: 1 << 30, flags: allFlags}, func(f *fakeServer) {
 		_, _, _ = f.request()
+		close(came)
 		op, _, err := f.request()
 		discs <- err == nil && op.Cmd == wire.CmdDisc
 	})
 	c := mustDial(t, uri, Options{})
 	failed := make(chan error)
 	go func() { failed <- c.Flush() }()
-	for {
-		c.mu.Lock()
-		n := len(c.pending)
-		c.mu.Unlock()
-		if n == 1 {
-			break
-		}
-		time.Sleep(time.Millisecond)
-	}
-	time.Sleep(10 * time.Millisecond) // the request is on its way
+	<-came
 	if err := c.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -343,7 +336,11 @@ func TestConnAbortStalled(t *testing.T) {
 			failed <- err
 		}()
 	}
-	time.Sleep(20 * time.Millisecond)
+	for n := 0; n < 2; runtime.Gosched() {
+		c.mu.Lock()
+		n = len(c.pending)
+		c.mu.Unlock()
+	}
 	c.Abort()
 	for range 2 {
 		if err := <-failed; !errors.Is(err, ErrClosed) {

@@ -57,8 +57,9 @@ type Extent struct {
 	Flags  uint32 // wire.StateHole, wire.StateZero
 }
 
-// reset clears what an earlier reply left.
+// reset clears what an earlier request left, but what is not of it: Slot and Tag.
 func (op *Op) reset() {
+	op.Cmd, op.Flags, op.Offset, op.Length, op.Data = 0, 0, 0, 0, nil
 	op.Errno, op.Text, op.status = 0, "", false
 	op.Extents = op.Extents[:0]
 	op.cover.reset()
