@@ -8,6 +8,8 @@ import (
 	"strconv"
 	"sync/atomic"
 	"time"
+
+	"github.com/nbd-export/nbd-export/export/wire"
 )
 
 // The limit server answers from a constant buffer and forgets what is written:
@@ -69,14 +71,13 @@ func serveLimit(l net.Listener, size int64) error {
 
 // limitHandshake returns when the client enters transmission.
 func limitHandshake(nc net.Conn, size int64) error {
-	const optMagic, replyMagic = 0x49484156454F5054, 0x3e889045565a9
-	const flags = 1 | 4 | 8 | 1<<8 // flags are valid, FLUSH, FUA, many connections
+	const flags = wire.TransHasFlags | wire.TransSendFlush | wire.TransSendFUA | wire.TransCanMultiConn
 	be := binary.BigEndian
-	hello := be.AppendUint64([]byte("NBDMAGIC"), optMagic)
-	if _, err := nc.Write(be.AppendUint16(hello, 3)); err != nil { // fixed newstyle, no zeroes
+	hello := be.AppendUint64(be.AppendUint64(nil, wire.MagicInit), wire.MagicOption)
+	if _, err := nc.Write(be.AppendUint16(hello, wire.FlagFixedNewstyle|wire.FlagNoZeroes)); err != nil {
 		return err
 	}
-	var head [16]byte
+	var head [wire.OptionSize]byte
 	if _, err := io.ReadFull(nc, head[:4]); err != nil {
 		return err
 	}
@@ -85,31 +86,32 @@ func limitHandshake(nc net.Conn, size int64) error {
 			return err
 		}
 		opt, length := be.Uint32(head[8:]), be.Uint32(head[12:])
-		if be.Uint64(head[:]) != optMagic || length > 1<<16 {
+		if be.Uint64(head[:]) != wire.MagicOption || length > 1<<16 {
 			return errors.New("bad option")
 		}
 		if _, err := io.CopyN(io.Discard, nc, int64(length)); err != nil {
 			return err
 		}
 		reply := func(kind uint32, data []byte) error {
-			b := be.AppendUint64(nil, replyMagic)
+			b := be.AppendUint64(nil, wire.MagicOptionReply)
 			b = be.AppendUint32(be.AppendUint32(be.AppendUint32(b, opt), kind), uint32(len(data)))
 			_, err := nc.Write(append(b, data...))
 			return err
 		}
 		export := be.AppendUint16(be.AppendUint64(nil, uint64(size)), flags)
 		switch opt {
-		case 1: // EXPORT_NAME
+		case wire.OptExportName:
 			_, err := nc.Write(export)
 			return err
-		case 2: // ABORT
-			return errors.Join(reply(1, nil), io.EOF)
-		case 6, 7: // INFO, GO
-			if err := errors.Join(reply(3, append([]byte{0, 0}, export...)), reply(1, nil)); err != nil || opt == 7 {
+		case wire.OptAbort:
+			return errors.Join(reply(wire.RepAck, nil), io.EOF)
+		case wire.OptInfo, wire.OptGo:
+			info := append(be.AppendUint16(nil, wire.InfoExport), export...)
+			if err := errors.Join(reply(wire.RepInfo, info), reply(wire.RepAck, nil)); err != nil || opt == wire.OptGo {
 				return err
 			}
 		default:
-			if err := reply(1<<31|1, nil); err != nil { // unsupported
+			if err := reply(wire.RepErrUnsup, nil); err != nil {
 				return err
 			}
 		}

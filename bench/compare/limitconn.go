@@ -11,6 +11,8 @@ import (
 	"unsafe"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/nbd-export/nbd-export/export/wire"
 )
 
 // limitConn is a connection in transmission: one receive, many requests, one
@@ -85,7 +87,6 @@ func (c *limitConn) receive(fd uintptr) bool {
 
 // parse answers every request of b, and keeps what is incomplete.
 func (c *limitConn) parse(b []byte) {
-	const requestMagic, size = 0x25609513, 28
 	be := binary.BigEndian
 	for c.err == nil {
 		n := min(c.skip, len(b))
@@ -97,26 +98,26 @@ func (c *limitConn) parse(b []byte) {
 		if c.queued >= limitOutput || len(c.iov)+64 > cap(c.iov) {
 			c.flush()
 		}
-		if len(b) < size {
+		if len(b) < wire.RequestSize {
 			break
 		}
-		head := b[:size]
-		b = b[size:]
-		if be.Uint32(head) != requestMagic {
+		head := b[:wire.RequestSize]
+		b = b[wire.RequestSize:]
+		if be.Uint32(head) != wire.MagicRequest {
 			c.err = errors.New("bad request")
 			return
 		}
 		length := int(be.Uint32(head[24:]))
 		switch be.Uint16(head[6:]) {
-		case 0: // READ
+		case wire.CmdRead:
 			c.reply(head[8:16])
 			for ; length > 0; length -= limitPayload {
 				c.push(limitConst[:min(length, limitPayload)])
 			}
-		case 1: // WRITE
+		case wire.CmdWrite:
 			c.skip, c.owed = length, true
 			copy(c.cookie[:], head[8:])
-		case 2: // DISC
+		case wire.CmdDisc:
 			c.flush()
 			c.err = io.EOF
 			return
@@ -130,7 +131,8 @@ func (c *limitConn) parse(b []byte) {
 // reply queues a header that says that all is well.
 func (c *limitConn) reply(cookie []byte) {
 	at := len(c.heads)
-	c.heads = append(c.heads, 0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0)
+	c.heads = binary.BigEndian.AppendUint32(c.heads, wire.MagicSimpleReply)
+	c.heads = binary.BigEndian.AppendUint32(c.heads, 0) // no error
 	c.heads = append(c.heads, cookie...)
 	c.push(c.heads[at:])
 }

@@ -20,7 +20,7 @@ var arrows = map[string][]string{
 	"export":         {"backend", "export/wire", "ioloop", "state"},
 	"ioloop":         {"backend", "internal/turns", "state"},
 	"bench":          {"client"},
-	"bench/compare":  {"bench", "client", "control"},
+	"bench/compare":  {"bench", "client", "control", "export/wire"},
 	"client":         {"export/wire", "internal/turns"},
 }
 
