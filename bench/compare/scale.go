@@ -75,7 +75,7 @@ func (r *runner) scale(ctx context.Context) error {
 }
 
 func (r *runner) scaleRound(ctx context.Context, s server, round int) (values []float64, err error) {
-	// It says what it collects, for the third.
+	// It says what it collects: see collection.
 	if err := os.Setenv("GODEBUG", "gctrace=1"); err != nil {
 		return nil, err
 	}
@@ -123,7 +123,7 @@ func idle(ctx context.Context, p *process) (memory, cpu float64, err error) {
 		}
 		conns = append(conns, b)
 	}
-	before, err := processorTicks(p.cmd.Process.Pid)
+	before, err := processorTime(p.cmd.Process.Pid)
 	if err != nil {
 		return 0, 0, err
 	}
@@ -132,12 +132,12 @@ func idle(ctx context.Context, p *process) (memory, cpu float64, err error) {
 		return 0, 0, ctx.Err()
 	case <-time.After(idleTime):
 	}
-	after, err := processorTicks(p.cmd.Process.Pid)
+	after, err := processorTime(p.cmd.Process.Pid)
 	return float64(p.anonymous()) / (1 << 20), 100 * (after - before).Seconds() / idleTime.Seconds(), err
 }
 
-// processorTicks is the processor time of a process.
-func processorTicks(pid int) (time.Duration, error) {
+// processorTime is that of the threads a process has, by the scheduler.
+func processorTime(pid int) (time.Duration, error) {
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/*/schedstat", pid))
 	if err != nil {
 		return 0, err

@@ -35,7 +35,7 @@ func TestCollection(t *testing.T) {
 }
 
 func TestProcessorTicks(t *testing.T) {
-	if d, err := processorTicks(os.Getpid()); err != nil || d <= 0 {
+	if d, err := processorTime(os.Getpid()); err != nil || d <= 0 {
 		t.Errorf("%v, %v", d, err)
 	}
 }
