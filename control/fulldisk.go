@@ -2,6 +2,8 @@ package control
 
 import (
 	"errors"
+	"fmt"
+	"strings"
 	"sync"
 	"time"
 
@@ -10,11 +12,14 @@ import (
 )
 
 const (
-	// fullDiskTime is how long a stop waits for space, for all images of the
-	// process; systemd gives a stop 90 s.
-	fullDiskTime = time.Minute
+	// FullDiskTime is how long a stop waits for space if nothing else is said;
+	// systemd gives a stop 90 s.
+	FullDiskTime = time.Minute
 	// fullDiskPause is how often it looks.
 	fullDiskPause = time.Second
+	// fullDiskGrace is how long a service manager is asked to let the process live,
+	// each time it looks: so long may another try take, on a slow disk too.
+	fullDiskGrace = 30 * time.Second
 )
 
 // FullDisk keeps a stop from throwing away what a full disk has no room for: the
@@ -22,6 +27,8 @@ const (
 // a second signal ends that.
 type FullDisk struct {
 	log   *zap.Logger
+	limit time.Duration // for all images of the process
+	tell  func(states string)
 	now   func() time.Time
 	pause func(time.Duration)
 
@@ -31,9 +38,11 @@ type FullDisk struct {
 	told     map[string]bool
 }
 
-// NewFullDisk makes the one of a process.
-func NewFullDisk(log *zap.Logger) *FullDisk {
-	return &FullDisk{log: log, now: time.Now, pause: time.Sleep, told: map[string]bool{}}
+// NewFullDisk makes the one of a process, whose stop waits for space for at most
+// limit, not at all if that is 0. tell tells a service manager states, as
+// Supervisor.Tell.
+func NewFullDisk(limit time.Duration, tell func(states string), log *zap.Logger) *FullDisk {
+	return &FullDisk{log: log, limit: limit, tell: tell, now: time.Now, pause: time.Sleep, told: map[string]bool{}}
 }
 
 // Stopping says that the process stops. Before that nothing waits: whoever removes a
@@ -52,6 +61,9 @@ func (d *FullDisk) Again(image string, err error) bool {
 	if !d.wait(image, err) {
 		return false
 	}
+	// A service manager that gives a stop less time than the user has chosen here
+	// would kill what is to be kept.
+	d.tell(fmt.Sprintf("EXTEND_TIMEOUT_USEC=%d\nSTATUS=The stop waits for space: %s", fullDiskGrace.Microseconds(), oneLine(err.Error())))
 	d.pause(fullDiskPause)
 	return true
 }
@@ -66,7 +78,7 @@ func (d *FullDisk) wait(image string, err error) bool {
 	if d.since.IsZero() {
 		d.since = d.now()
 	}
-	left := fullDiskTime - d.now().Sub(d.since)
+	left := d.limit - d.now().Sub(d.since)
 	if left <= 0 {
 		return false
 	}
@@ -77,3 +89,6 @@ func (d *FullDisk) wait(image string, err error) bool {
 	}
 	return true
 }
+
+// oneLine keeps a text from being more than one state.
+func oneLine(s string) string { return strings.ReplaceAll(s, "\n", "; ") }

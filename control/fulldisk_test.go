@@ -12,7 +12,9 @@ import (
 // else.
 func TestFullDisk(t *testing.T) {
 	log, lines := journal()
-	d := NewFullDisk(log)
+	var told []string
+	const limit = 10 * time.Second
+	d := NewFullDisk(limit, func(states string) { told = append(told, states) }, log)
 	now, pauses := time.Unix(1000, 0), 0
 	d.now = func() time.Time { return now }
 	d.pause = func(p time.Duration) { now = now.Add(p); pauses++ }
@@ -26,8 +28,11 @@ func TestFullDisk(t *testing.T) {
 	}
 	for d.Again("a", full) {
 	}
-	if want := int(fullDiskTime / fullDiskPause); pauses != want {
-		t.Errorf("%d pauses, want %d", pauses, want)
+	if want := int(limit / fullDiskPause); pauses != want || len(told) != want {
+		t.Errorf("%d pauses, a service manager told %d times, want %d", pauses, len(told), want)
+	}
+	if want := "EXTEND_TIMEOUT_USEC=30000000\nSTATUS=The stop waits for space: write a: no space left on device"; told[0] != want {
+		t.Errorf("told %q", told[0])
 	}
 	expect(t, lines, "the stop waits for space: not all that was acknowledged is on disk; make some, or stop at once with a second signal, which loses it: write a: no space left on device")
 	if d.Again("b", fmt.Errorf("write b: %w", unix.EDQUOT)) {
@@ -37,7 +42,13 @@ func TestFullDisk(t *testing.T) {
 		t.Errorf("it is told again: %s", <-lines)
 	}
 
-	d = NewFullDisk(log)
+	d = NewFullDisk(0, nil, log)
+	d.Stopping()
+	if d.Again("a", full) || len(lines) > 0 {
+		t.Error("it waits although it was told not to")
+	}
+
+	d = NewFullDisk(FullDiskTime, func(string) {}, log)
 	d.Stopping()
 	d.now, d.pause = func() time.Time { return now }, func(p time.Duration) { now = now.Add(p) }
 	if !d.Again("a", full) || !d.Again("b", unix.EDQUOT) || !d.Again("a", full) || len(lines) != 2 {

@@ -43,14 +43,18 @@ func fill(t *testing.T, path string) {
 }
 
 // A stop on a full disk keeps what is nowhere else until there is space, or somebody
-// insists.
+// insists, or has said that it is not to.
 func TestStopOnAFullDisk(t *testing.T) {
 	const writes, apart = 16, 1 << 30 // a table each, which only the server has
-	for _, space := range []bool{true, false} {
+	for _, end := range []string{"space", "second signal", "no wait"} {
+		space, more := end == "space", []string{"-f", "qcow2"}
+		if end == "no wait" {
+			more = append(more, "--full-disk-wait", "0s")
+		}
 		dir := ownSmallDisk(t)
 		image, ballast := filepath.Join(dir, "new.qcow2"), filepath.Join(dir, "ballast")
 		wantOutput(t, cli(t, "create", image, "40G"), "")
-		e := serve(t, image, "-f", "qcow2")
+		e := serve(t, image, more...)
 		c := dialRaw(t, e.socket, "")
 		block := bytes.Repeat([]byte("x"), 4096)
 		for i := range uint64(writes) {
@@ -58,12 +62,15 @@ func TestStopOnAFullDisk(t *testing.T) {
 		}
 		fill(t, ballast)
 		e.signal(syscall.SIGTERM)
-		e.log.wait(t, 0, "it waits for space", func(line string) bool { return strings.Contains(line, "the stop waits for space") })
-		if space {
+		if end != "no wait" {
+			e.log.wait(t, 0, "it waits for space", func(line string) bool { return strings.Contains(line, "the stop waits for space") })
+		}
+		switch end {
+		case "space":
 			if err := os.Remove(ballast); err != nil {
 				t.Fatal(err)
 			}
-		} else {
+		case "second signal":
 			e.signal(syscall.SIGTERM)
 		}
 		want := 0
@@ -71,7 +78,10 @@ func TestStopOnAFullDisk(t *testing.T) {
 			want = 1
 		}
 		if got := e.wait(startTimeout); got != want {
-			t.Errorf("exit status %d with space %v\n%s", got, space, e.log)
+			t.Errorf("exit status %d with %s\n%s", got, end, e.log)
+		}
+		if end == "no wait" && (strings.Contains(e.log.String(), "waits for space") || !strings.Contains(e.log.String(), "writes acknowledged since the last flush may be lost")) {
+			t.Errorf("it does not say what is lost, or waits\n%s", e.log)
 		}
 		if !space {
 			continue

@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -33,6 +34,7 @@ type daemonOptions struct {
 	tls       export.TLSOptions // of unix and tcp; without a directory there is no TLS
 	dirty     int64             // bytes that an inactivation may leave when its gate closes
 	engine    string            // "auto", "portable" or "uring"
+	fullDisk  time.Duration     // that a stop waits for space
 	fork      bool              // serve in another process
 	parent    parent            // that waits for this one to serve
 	first     []startOrder
@@ -115,9 +117,10 @@ func newDaemon(opt daemonOptions, log *zap.Logger) (*daemon, error) {
 		return nil, err
 	}
 	d := &daemon{
-		opt: opt, log: log, later: control.NewLater(), fullDisk: control.NewFullDisk(log), supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
+		opt: opt, log: log, later: control.NewLater(), supervisor: control.FindSupervisor(), failed: make(chan error, 8), quit: make(chan struct{}),
 		listeners: opt.inherited.nbd, controlListener: opt.inherited.control,
 	}
+	d.fullDisk = control.NewFullDisk(opt.fullDisk, d.tellSupervisor, log)
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Ring: ring, Log: log})
 	d.nbd = &control.NBD{Mover: d.engine, Log: log}
 	d.control = control.NewServer(control.Config{

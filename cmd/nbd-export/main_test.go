@@ -71,6 +71,7 @@ func TestUsage(t *testing.T) {
 		{"create /no/such/x 1M", 1, "create image /no/such/x: no such file or directory; its directory has to exist"},
 		{"create -f qcow2 -o foo=1 x 1M", 2, "create: -o foo=1: there is no such option; -o help lists them; see nbd-export create --help"},
 		{"serve -e -1 x", 2, "serve: --shared -1 is negative; 0 means unlimited; see"},
+		{"serve --full-disk-wait -1s x", 2, "serve: --full-disk-wait -1s is negative; 0 does not wait; see"},
 		{"serve --memory 12q x", 2, `size "12q": unknown unit`},
 		{"serve --memory 1.5q x", 2, `size "1.5q": want a number of bytes such as 512, or of k, M, G or T such as 1.5G`},
 		{"serve --memory 0.5M x", 2, "serve: --memory 512k is too little; give at least 1M; see"},

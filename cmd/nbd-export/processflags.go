@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 	"go.uber.org/zap"
@@ -20,6 +21,7 @@ type processFlags struct {
 	l2Cache             size
 	allowBacking        []string
 	fork                bool
+	fullDisk            time.Duration
 	repair              *choice
 	engine              *choice
 	logFile             string
@@ -51,6 +53,7 @@ func (p *processFlags) addRest(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.Var(&p.memory, "memory", "`SIZE` of all buffers of the process, in bytes or k, M, G, T")
 	f.Var(&p.dirty, "handover-dirty", "slow writers, while inactivation syncs ahead, until at most `SIZE` is left to write")
+	f.DurationVar(&p.fullDisk, "full-disk-wait", control.FullDiskTime, "on a stop, wait up to `TIME` for space on a disk that has none for what was written; 0 does not wait")
 	p.engine.addTo(cmd, "engine", "", "what waits for the disk: io_uring or, portable, threads")
 	f.StringVar(&p.logFile, "log-file", "", "log into the file at `PATH`, which SIGHUP opens anew (default stderr)")
 	_ = cmd.MarkFlagFilename("log-file")
@@ -84,6 +87,9 @@ func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger
 	if p.memory < 1<<20 {
 		return nil, usageError{fmt.Errorf("%s: --memory %s is too little; give at least 1M", cmd.Name(), p.memory.String())}
 	}
+	if p.fullDisk < 0 {
+		return nil, usageError{fmt.Errorf("%s: --full-disk-wait %v is negative; 0 does not wait", cmd.Name(), p.fullDisk)}
+	}
 	var err error
 	if d.inherited, err = inheritSockets(p.control); err != nil {
 		return nil, usageError{fmt.Errorf("%s: %w", cmd.Name(), err)}
@@ -93,7 +99,7 @@ func (p *processFlags) settle(cmd *cobra.Command, d *daemonOptions) (*zap.Logger
 	}
 	d.control, d.pidFile = cmp.Or(p.control, d.inherited.controlPath()), p.pidFile
 	d.allowBacking, d.l2Cache, d.noRepair = p.allowBacking, int64(p.l2Cache), p.repair.value == "off"
-	d.memory, d.dirty, d.engine = int64(p.memory), int64(p.dirty), p.engine.value
+	d.memory, d.dirty, d.engine, d.fullDisk = int64(p.memory), int64(p.dirty), p.engine.value, p.fullDisk
 	var w io.Writer = os.Stderr
 	if p.logFile != "" {
 		if d.logFile, err = control.OpenLogFile(p.logFile); err != nil {
