@@ -70,17 +70,17 @@ func (o *Owned) Acquire() (err error) {
 
 // lockFile locks a file for an owner, who writes it or not.
 func (o *Owned) lockFile(f *File, writes bool) error {
-	lock := f.LockReadOnly
+	set := lockReadOnly
 	if writes {
-		lock = f.LockActive
+		set = lockActive
 	}
-	err := lock()
+	err := f.lock(set)
 	for try := 0; try < lingerTries && o.lingers(err); try++ {
 		time.Sleep(lingerPause)
 		f.unlock(f.fd)
 		f.unlock(f.tailFd)
 		f.held = nil
-		err = lock()
+		err = f.lock(set)
 	}
 	if le, ok := errors.AsType[*LockError](err); ok {
 		o.record.name(le, f)

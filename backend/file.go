@@ -49,7 +49,7 @@ type File struct {
 	length int64      // at load, or as Resize made it; sizing
 
 	place  []byte // a map of the whole file, or nil; see Place
-	expect int64  // how long that is at least, see Expect
+	expect int64  // how long that is at least, see expectLength
 
 	ranges ranges
 	syncer syncer

@@ -37,10 +37,10 @@ func (f *File) WriteAfterFault(p []byte, off int64) error {
 	return f.WriteAt(p, off, false)
 }
 
-// Expect has the map for Place reach to length, as the file may become that long
+// expectLength has the map for Place reach to length, as the file may become that long
 // while it is used; what lies beyond is written. That takes address space and
 // nothing else. Nothing else may use the file at that time.
-func (f *File) Expect(length int64) {
+func (f *File) expectLength(length int64) {
 	f.expect = length
 	f.mapPlace()
 }

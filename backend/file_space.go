@@ -197,8 +197,8 @@ func (f *File) smallFolios() {
 	}
 }
 
-// Readahead asks for the range to be read into the page cache; a hint.
-func (f *File) Readahead(off, n int64) error {
+// readahead asks for the range to be read into the page cache; a hint.
+func (f *File) readahead(off, n int64) error {
 	if f.traits.Direct {
 		return nil
 	}

@@ -130,15 +130,15 @@ func TestExtents(t *testing.T) {
 
 func TestReadahead(t *testing.T) {
 	path := writeFile(t, t.TempDir(), pattern(1<<20, 1))
-	must(t, openTest(t, path, openHow{}).Readahead(1000, 100000))
-	must(t, openTest(t, path, openHow{direct: true}).Readahead(1000, 100000))
+	must(t, openTest(t, path, openHow{}).readahead(1000, 100000))
+	must(t, openTest(t, path, openHow{direct: true}).readahead(1000, 100000))
 	f := openTest(t, path, openHow{faults: func(op sysop, _ int64, n int) (int, error) {
 		if op == opAdvise {
 			return 0, unix.EIO
 		}
 		return n, nil
 	}})
-	wantErrno(t, f.Readahead(0, 10), unix.EIO)
+	wantErrno(t, f.readahead(0, 10), unix.EIO)
 }
 
 // loopDevice makes a block device over a sparse file of size bytes.

@@ -83,7 +83,7 @@ func (l *Link) load(o ChainOptions) error {
 
 // lockToLook locks a file as one who only reads.
 func (f *File) lockToLook() error {
-	err := f.LockReadOnly()
+	err := f.lock(lockReadOnly)
 	if le, ok := errors.AsType[*LockError](err); ok {
 		(&ownerRecord{image: f.path, device: f.traits.BlockDevice}).name(le, f)
 	}

@@ -40,9 +40,11 @@ type lockByte int64
 type lockSet struct{ uses, forbids int }
 
 var (
-	// lockActive: 100, 101, 103, 201, 203.
+	// lockActive is of an owner who writes: 100, 101, 103, 201 and 203, while
+	// nobody else holds 200, 201, 203, 101 or 103.
 	lockActive = lockSet{permRead | permWrite | permResize, permWrite | permResize}
-	// lockReadOnly: 100, 201, 203.
+	// lockReadOnly is of one who only reads: 100, 201 and 203, while nobody else
+	// holds 200, 101 or 103.
 	lockReadOnly = lockSet{permRead, permWrite | permResize}
 )
 
@@ -110,16 +112,9 @@ func noLocks(path string, why error) error {
 		"byte-range locks do not work on this file (%w), so another program could write to it unnoticed; if you see to it that none does, use --locking off", why)}
 }
 
-// LockActive locks f for an owner who writes: it holds 100, 101, 103, 201
-// and 203, and nobody else 200, 201, 203, 101 or 103. The error is a
-// *LockError if somebody else has the image; f must be closed then, which
-// drops what was taken.
-func (f *File) LockActive() error { return f.lock(lockActive) }
-
-// LockReadOnly locks f for an owner who only reads: it holds 100, 201 and
-// 203, and nobody else 200, 101 or 103. Errors are as of LockActive.
-func (f *File) LockReadOnly() error { return f.lock(lockReadOnly) }
-
+// lock takes the bytes of s and sees that nobody holds contrary ones. The error is
+// a *LockError if somebody else has the image; f must be closed then, which drops
+// what was taken.
 func (f *File) lock(s lockSet) error {
 	take := func(b lockByte) error {
 		err := f.takeLock(f.fd, b)

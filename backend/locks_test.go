@@ -21,7 +21,7 @@ func TestLockBytes(t *testing.T) {
 	onEach(t, func(t *testing.T, dir string) {
 		path := writeFile(t, dir, make([]byte, 4096))
 		f := openTest(t, path, openHow{write: true})
-		must(t, f.LockActive())
+		must(t, f.lock(lockActive))
 		if got := procLocks(t, path); !sameLocks(got, "100", "101", "103", "201", "203") {
 			t.Errorf("active: %v", got)
 		}
@@ -33,7 +33,7 @@ func TestLockBytes(t *testing.T) {
 			t.Errorf("closed: %v", got)
 		}
 		ro := openTest(t, path, openHow{})
-		must(t, ro.LockReadOnly())
+		must(t, ro.lock(lockReadOnly))
 		if got := procLocks(t, path); !sameLocks(got, "100", "201", "203") {
 			t.Errorf("read-only: %v", got)
 		}
@@ -110,11 +110,11 @@ func TestLockMatrix(t *testing.T) {
 					want int64
 				}{{openHow{write: true}, c.rw}, {openHow{}, c.ro}} {
 					f := openTest(t, path, try.how)
-					lock := f.LockReadOnly
+					set := lockReadOnly
 					if try.how.write {
-						lock = f.LockActive
+						set = lockActive
 					}
-					err := lock()
+					err := f.lock(set)
 					if try.want == 0 {
 						must(t, err)
 					} else {
@@ -177,7 +177,7 @@ func TestLockRace(t *testing.T) {
 						t.Error(err)
 						return
 					}
-					err = f.LockActive()
+					err = f.lock(lockActive)
 					if err == nil {
 						if owners.Add(1) != 1 {
 							t.Error("two owners")

@@ -119,7 +119,7 @@ func (q *qcowFormat) view(f *File, active bool) (*view, error) {
 		size := disk.Size()
 		for _, f := range c.files {
 			if f.writable {
-				f.Expect(size + size/64 + 64<<20)
+				f.expectLength(size + size/64 + 64<<20)
 			}
 		}
 	}
@@ -342,7 +342,7 @@ func (q *qcow) Cache(off, n int64) error {
 	defer q.Unmap(&p)
 	for _, e := range p.Extents {
 		if e.Kind == Data {
-			if err := e.File.Readahead(e.Offset, e.Length); err != nil {
+			if err := e.File.readahead(e.Offset, e.Length); err != nil {
 				return err
 			}
 		}

@@ -265,7 +265,7 @@ func (r *raw) Cache(off, n int64) error {
 	if !r.within(off, n) {
 		return r.image.fail("cache", errPastEnd)
 	}
-	return r.file.Readahead(off, n)
+	return r.file.readahead(off, n)
 }
 
 // Status implements content: what SEEK_DATA and SEEK_HOLE say, and nothing

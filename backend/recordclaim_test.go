@@ -228,7 +228,7 @@ func TestRecordOfTwoProcesses(t *testing.T) {
 	}
 	// A record that names a dead process does not say who has the locks.
 	f := openTest(t, path, openHow{})
-	must(t, f.LockReadOnly())
+	must(t, f.lock(lockReadOnly))
 	if err := activate(r, false); err == nil || !strings.Contains(err.Error(), "in use by another process") {
 		t.Error(err)
 	}

@@ -62,12 +62,12 @@ const (
 	maxBackingFormat = 15
 )
 
-// Offsets in the header of fields that are written on their own.
+// Offsets in the header of fields that are also written on their own.
 const (
+	offSize          = 24
 	offL1Size        = 36
 	offL1Offset      = 40
 	offRefcountTable = 48
-	offSize          = 24
 	offIncompatible  = 72
 	offAutoclear     = 88
 )
@@ -91,8 +91,7 @@ type Header struct {
 	Length                              int // of the fixed part in bytes
 
 	// Backing file name as it stands in the header, "" for none.
-	Backing       string
-	BackingOffset int64
+	Backing string
 	// BackingFormat is "" where none is recorded.
 	BackingFormat string
 	// DataFileName is "" where none is recorded.
@@ -100,14 +99,6 @@ type Header struct {
 	// FeatureNames are those of the feature name table by type<<8|bit.
 	FeatureNames map[uint16]string
 	Bitmaps      *BitmapsExtension // nil for none
-	// Extensions are all, in order, as they stand in the file.
-	Extensions []Extension
-}
-
-// Extension is a header extension; Data is not padded.
-type Extension struct {
-	Type uint32
-	Data []byte
 }
 
 // BitmapsExtension says where the bitmap directory is (section "Bitmaps
@@ -323,7 +314,7 @@ func (h *Header) readRest(f File, first []byte) (ended bool, err error) {
 		if n > maxBackingName || off > uint64(end) || uint64(n) > uint64(end)-off || off < uint64(h.Length) {
 			return false, damaged(f, "the backing file's name (%d bytes at %d) does not lie in the first cluster", n, off)
 		}
-		h.Backing, h.BackingOffset = string(first[off:off+uint64(n)]), int64(off)
+		h.Backing = string(first[off : off+uint64(n)])
 		if strings.ContainsRune(h.Backing, 0) {
 			return false, damaged(f, "the backing file's name has a zero byte")
 		}
@@ -349,20 +340,19 @@ func (h *Header) readExtensions(f File, b []byte) (ended bool, err error) {
 		if typ == extEnd {
 			return true, nil
 		}
-		e := Extension{Type: typ, Data: bytes.Clone(b[:n])}
-		h.Extensions = append(h.Extensions, e)
+		data := b[:n]
 		b = b[min((n+7)&^7, int64(len(b))):]
 		switch typ {
 		case extBackingFormat:
 			if n > maxBackingFormat {
 				return false, damaged(f, "the name of the backing file's format has %d bytes, more than %d", n, maxBackingFormat)
 			}
-			h.BackingFormat = string(e.Data)
+			h.BackingFormat = string(data)
 		case extDataFile:
-			h.DataFileName = string(e.Data)
+			h.DataFileName = string(data)
 		case extFeatureNames:
 			h.FeatureNames = make(map[uint16]string)
-			for r := e.Data; len(r) >= 48; r = r[48:] {
+			for r := data; len(r) >= 48; r = r[48:] {
 				name, _, _ := bytes.Cut(r[2:48], []byte{0})
 				h.FeatureNames[uint16(r[0])<<8|uint16(r[1])] = string(name)
 			}
@@ -372,13 +362,13 @@ func (h *Header) readExtensions(f File, b []byte) (ended bool, err error) {
 			if n != 24 {
 				return false, damaged(f, "its bitmaps extension has %d bytes instead of 24", n)
 			}
-			if be.Uint32(e.Data[4:]) != 0 && h.Autoclear&BitmapsConsistent != 0 {
+			if be.Uint32(data[4:]) != 0 && h.Autoclear&BitmapsConsistent != 0 {
 				return false, damaged(f, "a reserved field of its bitmaps extension is not zero")
 			}
 			h.Bitmaps = &BitmapsExtension{
-				Count:           int(be.Uint32(e.Data)),
-				DirectorySize:   int64(be.Uint64(e.Data[8:])),
-				DirectoryOffset: int64(be.Uint64(e.Data[16:])),
+				Count:           int(be.Uint32(data)),
+				DirectorySize:   int64(be.Uint64(data[8:])),
+				DirectoryOffset: int64(be.Uint64(data[16:])),
 			}
 		}
 	}
