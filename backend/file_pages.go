@@ -26,6 +26,7 @@ type pageMap struct {
 	base   atomic.Pointer[byte] // nil before the first use, and if mapping failed
 	once   sync.Once
 	length int64 // bytes that are mapped, when base is not nil
+	told   bool  // mincore tells the truth, when base is not nil
 }
 
 // Pages is [off, off+n) of the file's map, if all of it is in the page cache,
@@ -69,6 +70,8 @@ func (f *File) mapPages() {
 	if err != nil {
 		return // too large for the address space, or not for mapping
 	}
+	// Of a file that this process could not write mincore says that all is there.
+	f.pages.told = f.writable || unix.Faccessat2(f.fd, "", unix.W_OK, unix.AT_EMPTY_PATH|unix.AT_EACCESS) == nil
 	f.pages.length = length
 	f.pages.base.Store((*byte)(p))
 }
@@ -128,9 +131,7 @@ func (f *File) cached(off, n int64) bool {
 		}
 		noCachestat.Store(true)
 	}
-	// Of a file that this process could not write, mincore says that all is
-	// there.
-	if !f.writable {
+	if !f.pages.told {
 		return false
 	}
 	base := uintptr(unsafe.Pointer(f.pages.base.Load()))

@@ -126,35 +126,41 @@ func TestPages(t *testing.T) {
 // Looking for pages fills no hole, and finds none in one.
 func TestPagesOfHoles(t *testing.T) {
 	withoutCachestat(t, func(t *testing.T) {
-		path := filepath.Join(testfs.Memory(t), "sparse")
-		f, err := os.Create(path)
-		must(t, err)
-		must(t, f.Truncate(4<<20))
-		for i := range int64(16) { // data and holes in turn, 64 KiB each
-			_, err := f.WriteAt(pattern(64<<10, uint64(i)), i*128<<10)
-			must(t, err)
-		}
-		must(t, f.Close())
-		before := statOf(t, path).Blocks
-		file := openTest(t, path, openHow{write: true, pages: true})
-		for off := int64(0); off < 4<<20; off += 4096 {
-			for _, n := range []int64{1, 4096, 8192, 64 << 10, 1 << 20} {
-				n = min(n, 4<<20-off)
-				data := off < 2<<20 && off/(64<<10)%2 == 0 && (off+n-1)/(64<<10) == off/(64<<10)
-				p := file.Pages(off, n)
-				if (p != nil) != data {
-					t.Fatalf("%d+%d: data %v, but pages %v", off, n, data, p != nil)
-				}
-				if p != nil {
-					_, err := bytesOf(t, p)
-					must(t, err)
-				}
-			}
-		}
-		if after := statOf(t, path).Blocks; after != before {
-			t.Errorf("%d blocks, %d before", after, before)
+		for _, write := range []bool{true, false} {
+			pagesOfHoles(t, write)
 		}
 	})
+}
+
+func pagesOfHoles(t *testing.T, write bool) {
+	path := filepath.Join(testfs.Memory(t), "sparse")
+	f, err := os.Create(path)
+	must(t, err)
+	must(t, f.Truncate(4<<20))
+	for i := range int64(16) { // data and holes in turn, 64 KiB each
+		_, err := f.WriteAt(pattern(64<<10, uint64(i)), i*128<<10)
+		must(t, err)
+	}
+	must(t, f.Close())
+	before := statOf(t, path).Blocks
+	file := openTest(t, path, openHow{write: write, pages: true})
+	for off := int64(0); off < 4<<20; off += 4096 {
+		for _, n := range []int64{1, 4096, 8192, 64 << 10, 1 << 20} {
+			n = min(n, 4<<20-off)
+			data := off < 2<<20 && off/(64<<10)%2 == 0 && (off+n-1)/(64<<10) == off/(64<<10)
+			p := file.Pages(off, n)
+			if (p != nil) != data {
+				t.Fatalf("%d+%d: data %v, but pages %v", off, n, data, p != nil)
+			}
+			if p != nil {
+				_, err := bytesOf(t, p)
+				must(t, err)
+			}
+		}
+	}
+	if after := statOf(t, path).Blocks; after != before {
+		t.Errorf("%d blocks, %d before", after, before)
+	}
 }
 
 // What is not in the cache is not referred to, and not read.
