@@ -70,7 +70,7 @@ func (r *OwnerRecord) release() string {
 	return "nbd-export inactivate --control CTL" // a shell would make something else of it
 }
 
-// Printable keeps a record from writing on somebody's terminal.
+// Printable is s without what would do more to a terminal than print.
 func Printable(s string) string {
 	return strings.Map(func(c rune) rune {
 		if !unicode.IsPrint(c) {

@@ -12,7 +12,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
+
+	"github.com/nbd-export/nbd-export/backend"
 )
 
 const (
@@ -146,10 +147,5 @@ func (l *lastBytes) text() string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	lines := bytes.FieldsFunc(l.b, func(c rune) bool { return c == '\n' || c == '\r' })
-	return strings.Map(func(c rune) rune {
-		if !unicode.IsPrint(c) {
-			return '?'
-		}
-		return c
-	}, string(bytes.Join(lines, []byte("; "))))
+	return backend.Printable(string(bytes.Join(lines, []byte("; "))))
 }

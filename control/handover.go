@@ -286,7 +286,7 @@ func (h *handover) half(s Side, o Order) bool {
 	now, err := s.Status(ctx)
 	return err != nil || slices.ContainsFunc(o.Nodes, func(node string) bool {
 		i := now.image(node)
-		return i != nil && i.State.Owns() == o.Active
+		return i != nil && i.State.holds() == o.Active
 	})
 }
 
@@ -419,7 +419,7 @@ func glance(ctx context.Context, s Side, o Order) (f fate, settled bool, why err
 			not++ // it cannot own what it does not have, nor give it away
 		case i.State.moving():
 			moving = true
-		case i.State.Owns() == o.Active && !i.State.failed():
+		case i.State.holds() == o.Active && !i.State.failed():
 			done++
 		case !i.State.failed() || !o.Active:
 			not++

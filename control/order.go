@@ -157,7 +157,7 @@ func (g *giving) possible(now *Status) error {
 // asOrdered reports whether every image is as ordered.
 func (g *giving) asOrdered(now *Status) bool {
 	for _, node := range g.about {
-		if i := now.image(node); i == nil || i.State.moving() || i.State.failed() || i.State.Owns() != g.order.Active {
+		if i := now.image(node); i == nil || i.State.moving() || i.State.failed() || i.State.holds() != g.order.Active {
 			return false
 		}
 	}

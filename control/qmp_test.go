@@ -264,7 +264,7 @@ func TestOwnership(t *testing.T) {
 		t.Fatal(err)
 	}
 	i := s.Images[0]
-	if len(s.Images) != 3 || i.Node != "image0" || i.Image != "/srv/a.img" || !i.State.Inactive() || i.Epoch != 2 ||
+	if len(s.Images) != 3 || i.Node != "image0" || i.Image != "/srv/a.img" || i.State != "inactive" || i.Epoch != 2 ||
 		i.Size != 1<<20 || i.Connections != 2 || i.Reads != 3 || i.Export.Name != "disk0" || i.Locks.Scope != "cluster" || i.Record.Path != "/srv/a.img.owner" {
 		t.Errorf("status is %+v", i)
 	}

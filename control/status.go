@@ -91,30 +91,25 @@ type Record struct {
 // State is the name of a state.State; the names are those of its String.
 type State string
 
-const (
-	stateActive       State = "active"
-	stateInactive     State = "inactive"
-	stateActivating   State = "activating"
-	stateInactivating State = "inactivating"
+var (
+	stateActive       = State(state.Active.String())
+	stateInactive     = State(state.Inactive.String())
+	stateActivating   = State(state.Activating.String())
+	stateInactivating = State(state.Inactivating.String())
 )
 
 // Active reports whether the server owns the image and serves writes, now or
 // until it has handed over.
-func (s State) Active() bool {
-	return s == State(state.Active.String()) || s == State(state.Inactivating.String())
-}
+func (s State) Active() bool { return s == stateActive || s == stateInactivating }
 
-// Owns reports whether the server holds the image, for writing or since it
+// holds reports whether the server has the image, for writing or since it
 // failed.
-func (s State) Owns() bool { return s == stateActive || s.failed() }
+func (s State) holds() bool { return s == stateActive || s.failed() }
 
 // moving reports whether a transition is under way.
 func (s State) moving() bool { return s == stateActivating || s == stateInactivating }
 
 func (s State) failed() bool { return strings.HasPrefix(string(s), "failed") }
-
-// Inactive reports whether the server holds nothing of the image.
-func (s State) Inactive() bool { return s == State(state.Inactive.String()) }
 
 // image is the image with that node, nil if there is none.
 func (s *Status) image(node string) *ImageStatus {

@@ -156,7 +156,7 @@ func TestServe(t *testing.T) {
 	if s := stateOf(t, actl); s.State != "active" || s.Epoch != 1 || s.Locks.Held != "100,101,103,201,203" || s.Size != 10000 {
 		t.Errorf("status %+v", s)
 	}
-	if s := stateOf(t, bctl); !s.State.Inactive() || s.Locks.Held != "none" {
+	if s := stateOf(t, bctl); s.State != "inactive" || s.Locks.Held != "none" {
 		t.Errorf("status %+v", s)
 	}
 	if out := command(t, 1, "activate", "--control", bctl); !strings.Contains(out, `Failed to get "write" lock`) {
