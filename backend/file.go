@@ -59,7 +59,8 @@ type File struct {
 	dirty atomic.Bool
 	pages pageMap
 
-	noPunch, noZeroRange, noDsync atomic.Bool // found not supported
+	noPunch, noZeroRange atomic.Bool // found not supported
+	noDsync              atomic.Bool // the same, or not to be used: see writeFull
 
 	peer   *File      // another description of the inode until the locks are taken, or nil
 	held   []lockByte // bytes locked on fd and tailFd

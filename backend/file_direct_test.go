@@ -210,3 +210,30 @@ func TestAlignedMemory(t *testing.T) {
 	}
 	wantContent(t, path, want)
 }
+
+// Space that is there again at the second look was missing for the write: past the
+// page cache there is nothing else that could have been lost.
+func TestDirectNoSpaceForAMoment(t *testing.T) {
+	const block = 4096
+	h := new(failing)
+	f := openTest(t, writeFile(t, testfs.Disk(t), make([]byte, 2*block)), openHow{write: true, direct: true, faults: h.hook})
+	b := pattern(2*block, 1)
+	h.set(opWriteDsync, unix.ENOSPC)
+	must(t, f.WriteAt(b[:block], 0, true))
+	must(t, f.WriteAt(b[block:], block, true))
+	if h.count(opWriteDsync) != 1 || h.count(opSync) != 2 {
+		t.Error(h.calls)
+	}
+	if err := f.DurableWriteFailed(b, 0, unix.ENOSPC); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, len(b))
+	must(t, f.ReadAt(got, 0))
+	if !bytes.Equal(got, b) {
+		t.Error("other bytes")
+	}
+	h.set(opSync, unix.ENOSPC)
+	if err := f.WriteAt(b, 0, true); !SyncFailed(err) {
+		t.Error(err)
+	}
+}

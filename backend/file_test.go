@@ -471,6 +471,30 @@ func TestDurable(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	// Once there was no space it may come and go from call to call.
+	for _, errno := range []unix.Errno{unix.ENOSPC, unix.EDQUOT} {
+		for _, durable := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%v before, durable %v", errno, durable), func(t *testing.T) {
+				f, h := setup(t)
+				h.set(opWriteDsync, errno)
+				h.set(opWrite, errno)
+				wantErrno(t, f.WriteAt(b, 0, durable), errno)
+				h.set(opWrite, nil)
+				must(t, f.WriteAt(b, 0, true))
+				if h.count(opSync) != 1 {
+					t.Error(h.calls)
+				}
+			})
+		}
+	}
+}
+
+// In memory there is nothing to sync that could fail.
+func TestDurableInMemory(t *testing.T) {
+	h := new(failing)
+	f := openTest(t, writeFile(t, testfs.Memory(t), make([]byte, 8192)), openHow{write: true, faults: h.hook})
+	h.set(opWriteDsync, unix.ENOSPC)
+	must(t, f.WriteAt(make([]byte, 100), 0, true))
 }
 
 // A real file system without space: the client hears of it, nothing sticks.

@@ -133,7 +133,12 @@ func (f *File) inside(op string, off, n int64) error {
 	return nil
 }
 
+// writeFull makes a durable write by RWF_DSYNC, which syncs what it writes alone. An
+// error of that may be one of writing or one of syncing. So once there was no room,
+// which may come and go from one call to the next, it writes and then syncs. In memory
+// there is nothing to sync.
 func (f *File) writeFull(fd int, p []byte, off int64, durable bool) error {
+	durable = durable && !f.traits.Tmpfs
 	dsync := durable && !f.noDsync.Load()
 	for len(p) > 0 {
 		var n int
@@ -153,6 +158,7 @@ func (f *File) writeFull(fd int, p []byte, off int64, durable bool) error {
 		case err != nil && dsync:
 			return f.dsyncFailed(fd, p, off, err)
 		case err != nil:
+			f.noteFull(err)
 			return f.fail("write", err)
 		case n == 0:
 			return f.fail("write", unix.ENOSPC)
@@ -168,12 +174,28 @@ func (f *File) writeFull(fd int, p []byte, off int64, durable bool) error {
 // dsyncFailed tells whether a durable write failed in writing, which the
 // client hears of and that is all, or in syncing, when the kernel may have
 // dropped dirty bytes of others and will not say so again. It is a failed
-// write if the same write without RWF_DSYNC fails too, and not by EIO.
+// write if the same write without RWF_DSYNC fails too, and not by EIO. Past the page
+// cache no dirty bytes of others are to be dropped: what there was no room for there,
+// and is now, it makes durable.
 func (f *File) dsyncFailed(fd int, p []byte, off int64, err error) error {
+	full := f.noteFull(err)
 	if err != unix.EIO {
 		if _, again := f.pwrite(fd, p, off); again != nil && again != unix.EINTR && again != unix.EIO {
 			return f.fail("write", again)
 		}
 	}
+	if full && f.traits.Direct && fd == f.fd {
+		return f.writeFull(fd, p, off, true)
+	}
 	return f.syncer.fail(f.path, err)
+}
+
+// noteFull reports whether err says that there is no room, and if so has durable
+// writes do without RWF_DSYNC from now on.
+func (f *File) noteFull(err error) bool {
+	full := err == unix.ENOSPC || err == unix.EDQUOT
+	if full {
+		f.noDsync.Store(true)
+	}
+	return full
 }
