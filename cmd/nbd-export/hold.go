@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/nbd-export/nbd-export/control"
 )
@@ -67,9 +68,10 @@ func (o *demandOptions) addTo(cmd *cobra.Command) {
 	_ = cmd.RegisterFlagCompletionFunc("inactive-writes", cobra.FixedCompletions([]string{"reject", "hold"}, cobra.ShellCompDirectiveNoFileComp))
 }
 
-// settle checks the options of cmd and fills in what they imply.
-func (o *demandOptions) settle(cmd *cobra.Command, own string, readOnly bool) error {
-	given := cmd.Flags().Changed
+// settle checks the options, of which flags tells which were given, and fills in
+// what they imply. own is the control socket of this exporter.
+func (o *demandOptions) settle(flags *pflag.FlagSet, own string, readOnly bool) error {
+	given := flags.Changed
 	switch {
 	case given("takeover") && given("inactive-writes") && o.inactive.hold == 0:
 		return errors.New("--takeover needs writes to be held; leave out --inactive-writes reject")
