@@ -39,6 +39,16 @@ func (h *holding) step(s state.Step) {
 
 var writeClass = []Op{OpWrite, OpZero, OpDiscard}
 
+// awaitParked waits until n requests of c are parked.
+func (c *client) awaitParked(n int) {
+	c.t.Helper()
+	eventually(c.t, "all are parked", func() bool {
+		c.conn.mu.Lock()
+		defer c.conn.mu.Unlock()
+		return len(c.conn.mu.parked) == n
+	})
+}
+
 // While an image is being activated reads go on and the rest waits; then it
 // runs.
 func TestHeldUntilActive(t *testing.T) {
@@ -81,11 +91,7 @@ func TestHeldUntilActive(t *testing.T) {
 		}
 		c.ok(OpRead, 0, 0, 100, nil)
 	}
-	eventually(t, "all are parked", func() bool {
-		c.conn.mu.Lock()
-		defer c.conn.mu.Unlock()
-		return len(c.conn.mu.parked) == len(want)
-	})
+	c.awaitParked(len(want))
 	close(h.goOn)
 	for len(want) > 0 {
 		a := c.next()

@@ -457,8 +457,11 @@ func (r *rig) teardown() {
 		defer r.e.sched.mu.Unlock()
 		return r.e.sched.workers == 0 && r.e.sched.idle == 0 && r.e.sched.first == nil
 	})
-	r.e.Shutdown(context.Background())
-	if err := state.Stop(r.m); err != nil {
+	// With patience: what a test that failed has left held up would keep both for ever.
+	await(r.t, background(func() { r.e.Shutdown(context.Background()) }), "the engine to shut down")
+	stopped := make(chan error, 1)
+	go func() { stopped <- state.Stop(r.m) }()
+	if err := await(r.t, stopped, "the image to be let go"); err != nil {
 		r.t.Errorf("stop: %v", err)
 	}
 }

@@ -225,11 +225,7 @@ func TestLostWithoutHolding(t *testing.T) {
 	for range 3 {
 		c.send(OpWrite, 0, 0, 512, contents[7:519])
 	}
-	eventually(t, "all are parked", func() bool {
-		c.conn.mu.Lock()
-		defer c.conn.mu.Unlock()
-		return len(c.conn.mu.parked) == 3
-	})
+	c.awaitParked(3)
 	close(h.goOn)
 	await(t, lost, "the changes")
 	for range 3 {

@@ -313,11 +313,7 @@ func TestTaskLimit(t *testing.T) {
 		}
 		c.write(b)
 	})
-	eventually(t, "all are parked", func() bool {
-		c.conn.mu.Lock()
-		defer c.conn.mu.Unlock()
-		return len(c.conn.mu.parked) == maxTasks
-	})
+	c.awaitParked(maxTasks)
 	other.ok(OpRead, 0, 0, 4096, nil)
 	if n := c.conn.tasks.Load(); n != maxTasks {
 		t.Fatalf("%d tasks", n)

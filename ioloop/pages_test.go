@@ -29,7 +29,7 @@ type pageHook struct {
 	beforeFile func()
 	files      preference
 	splices    preference
-	pipe       *pipe // of the present splicePages
+	pipe       *pipe // of the last splicePages
 }
 
 type preference int
@@ -41,30 +41,32 @@ const (
 )
 
 func (h *pageHook) sendPages(segs [][]byte, long bool) (int, error) {
-	h.mu.Lock()
-	h.calls++
-	before := h.before
-	h.mu.Unlock()
-	if before != nil {
-		if n, err, done := before(segs); done {
-			return n, err
-		}
+	if n, err, done := h.answer(segs, nil); done {
+		return n, err
 	}
 	return h.pageSender.sendPages(segs, long)
 }
 
 func (h *pageHook) splicePages(p *pipe, segs [][]byte, long bool) (int, error) {
-	h.mu.Lock()
-	h.calls++
-	h.pipe = p
-	before := h.before
-	h.mu.Unlock()
-	if before != nil {
-		if n, err, done := before(segs); done {
-			return n, err
-		}
+	if n, err, done := h.answer(segs, p); done {
+		return n, err
 	}
 	return h.pageSender.splicePages(p, segs, long)
+}
+
+// answer notes a send of pages, by p if that is not nil, and answers it if before does.
+func (h *pageHook) answer(segs [][]byte, p *pipe) (n int, err error, done bool) {
+	h.mu.Lock()
+	h.calls++
+	if p != nil {
+		h.pipe = p
+	}
+	before := h.before
+	h.mu.Unlock()
+	if before == nil {
+		return 0, nil, false
+	}
+	return before(segs)
 }
 
 func (h *pageHook) prefersSplice(n int64, inTurns bool) bool {
