@@ -150,13 +150,3 @@ func (c *conn) tryLend(n int64) (l lease, ok bool) {
 	}
 	return l, ok
 }
-
-// stalledSince is when the client last moved enough of what it owes us, in Unix
-// nanoseconds; 0 if it owes nothing. See stall.
-func (c *conn) stalledSince() int64 {
-	a, b := c.out.stalledSince(), c.owes.since.Load()
-	if a == 0 || (b != 0 && b < a) {
-		return b
-	}
-	return a
-}
