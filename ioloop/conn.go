@@ -31,7 +31,7 @@ import (
 //	    (taskring.go) or a worker (taskrun.go), or is parked while the gate
 //	    holds (park.go, hold.go). Writes that go better together are put off to
 //	    the end of the batch, and payloads whose place in the file is in memory
-//	    are received there at once (putoff.go).
+//	    are received there at once (putoff.go, inplace.go).
 //	 4. When the input has no complete request left, or the replies reach what
 //	    is sent at once, they go out in one send (conn.flush). What the socket
 //	    does not take is queued (outgoing.go); receiving goes on until the

@@ -5,7 +5,7 @@ import (
 	"io"
 )
 
-// How fill looks at what comes next: see putoff.go.
+// How fill looks at what comes next: see inplace.go.
 type look uint8
 
 const (
