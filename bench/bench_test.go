@@ -19,35 +19,6 @@ import (
 	"github.com/nbd-export/nbd-export/export/wire"
 )
 
-func TestParseSize(t *testing.T) {
-	for text, want := range map[string]int64{
-		"0": 0, "1": 1, "512": 512, "512b": 512, "512B": 512, "4k": 4096, "4K": 4096, "4kB": 4096, "4KiB": 4096, "4kib": 4096,
-		"3M": 3 << 20, "2G": 2 << 30, "1T": 1 << 40, "0T": 0, "8388607T": 8388607 << 40, "9223372036854775807": math.MaxInt64, "007": 7,
-	} {
-		if got, err := ParseSize(text); err != nil || got != want {
-			t.Errorf("%q: %d, %v; want %d", text, got, err, want)
-		}
-	}
-	for _, text := range []string{
-		"", "k", "-1", "-4k", "+1", "1.5G", "4x", "4kk", "4 k", " 4", "4k ", "0x10", "1e3", "1_000", "4P", "٤", "4ki", "B",
-		"9223372036854775808", "8388608T", "99999999999999999999",
-	} {
-		if got, err := ParseSize(text); err == nil {
-			t.Errorf("%q: %d", text, got)
-		}
-	}
-	for _, n := range []int64{0, 1, 1023, 1024, 1536, 4096, 1 << 20, 3 << 29, 1<<40 + 1, math.MaxInt64} {
-		if got, err := ParseSize(FormatSize(n)); err != nil || got != n {
-			t.Errorf("%d: %s: %d, %v", n, FormatSize(n), got, err)
-		}
-	}
-	for n, want := range map[int64]string{4096: "4k", 1536: "1536", 1 << 20: "1M", 10 << 30: "10G", 1 << 50: "1024T"} {
-		if got := FormatSize(n); got != want {
-			t.Errorf("%d: %s, want %s", n, got, want)
-		}
-	}
-}
-
 // valid is a short load on uri.
 func valid(uri, rw string) Config {
 	return Config{URI: uri, RW: rw, ReadPercent: 50, BlockSize: 4096, Depth: 8, Conns: 1, Ops: 500, Seed: 1}

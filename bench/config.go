@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/nbd-export/nbd-export/client"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // Config is one load: what to do to which export, and for how long.
@@ -67,7 +68,7 @@ func (c *Config) Check() error {
 	case c.ReadPercent < 0 || c.ReadPercent > 100:
 		return fmt.Errorf("read percentage %d: want 0 to 100", c.ReadPercent)
 	case c.BlockSize < 1 || c.BlockSize > maxBlock:
-		return fmt.Errorf("block size %d: want 1 to %s", c.BlockSize, FormatSize(maxBlock))
+		return fmt.Errorf("block size %d: want 1 to %s", c.BlockSize, bytesize.Format(maxBlock))
 	case c.Depth < 1 || c.Depth > client.MaxDepth:
 		return fmt.Errorf("depth %d: want 1 to %d", c.Depth, client.MaxDepth)
 	case c.Conns < 1 || c.Conns > 4096:
@@ -123,11 +124,11 @@ func (c *Config) region(info client.Info) (first, blocks int64, err error) {
 	case c.FlushEvery > 0 && !info.CanFlush():
 		return fail("server does not offer FLUSH")
 	case info.MaxBlock != 0 && bs > int64(info.MaxBlock):
-		return fail("block size %s is above the server's maximum of %s", FormatSize(bs), FormatSize(int64(info.MaxBlock)))
+		return fail("block size %s is above the server's maximum of %s", bytesize.Format(bs), bytesize.Format(int64(info.MaxBlock)))
 	case info.MinBlock > 1 && (bs%int64(info.MinBlock) != 0 || c.Offset%int64(info.MinBlock) != 0):
-		return fail("block size and offset must be multiples of the server's minimum of %s", FormatSize(int64(info.MinBlock)))
+		return fail("block size and offset must be multiples of the server's minimum of %s", bytesize.Format(int64(info.MinBlock)))
 	case c.Offset%bs != 0:
-		return fail("offset %d is not a multiple of the block size %s", c.Offset, FormatSize(bs))
+		return fail("offset %d is not a multiple of the block size %s", c.Offset, bytesize.Format(bs))
 	case c.Offset > size || c.Size > size-c.Offset:
 		return fail("region of %d bytes at %d reaches past the export's end at %d", c.Size, c.Offset, size)
 	}
@@ -138,7 +139,7 @@ func (c *Config) region(info client.Info) (first, blocks int64, err error) {
 	first, blocks = c.Offset/bs, length/bs
 	switch {
 	case blocks == 0:
-		return fail("region of %d bytes holds no block of %s", length, FormatSize(bs))
+		return fail("region of %d bytes holds no block of %s", length, bytesize.Format(bs))
 	case c.split() && blocks < int64(c.Conns):
 		return fail("region of %d blocks cannot be divided among %d connections", blocks, c.Conns)
 	case c.Verify && c.writes() && blocks > maxLedger:

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/HdrHistogram/hdrhistogram-go"
+
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // Result is what a load measured.
@@ -94,7 +96,7 @@ func newCPU(used time.Duration, ops int64, elapsed time.Duration) CPU {
 // WriteTable writes r for people.
 func (r *Result) WriteTable(out io.Writer) error {
 	var s strings.Builder
-	fmt.Fprintf(&s, "%s\n%s of %s, depth %d, %s, for %v\n", r.URI, r.Load, FormatSize(r.BlockSize), r.Depth,
+	fmt.Fprintf(&s, "%s\n%s of %s, depth %d, %s, for %v\n", r.URI, r.Load, bytesize.Format(r.BlockSize), r.Depth,
 		plural(int64(r.Conns), "connection"), r.Elapsed.Round(time.Millisecond))
 	if r.Discard {
 		s.WriteString("payloads of reads of 64k and more discarded: what a client gets that takes them is less\n")
@@ -162,7 +164,7 @@ func (r *Result) GoBench() string {
 	if r.Discard {
 		s.WriteString("/discard") // not to be compared with what is copied
 	}
-	fmt.Fprintf(&s, "/bs=%s/depth=%d/conns=%d-%d\t%d", FormatSize(r.BlockSize), r.Depth, r.Conns, r.Cores, r.Total.Ops)
+	fmt.Fprintf(&s, "/bs=%s/depth=%d/conns=%d-%d\t%d", bytesize.Format(r.BlockSize), r.Depth, r.Conns, r.Cores, r.Total.Ops)
 	if r.Total.OpsPerSec > 0 {
 		fmt.Fprintf(&s, "\t%.1f ns/op", 1e9/r.Total.OpsPerSec)
 	}

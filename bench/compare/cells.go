@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"strings"
 
-	"github.com/nbd-export/nbd-export/bench"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // Media of images. The disk may have another file system; reports name it.
@@ -90,7 +90,7 @@ var goals = []cell{
 
 // ID is the cell's name on command lines and in raw figures.
 func (c cell) ID() string {
-	id := fmt.Sprintf("%s-%s-%s-%s-d%d-c%d", c.Medium, c.Transport, c.RW, bench.FormatSize(c.BlockSize), c.Depth, c.Conns)
+	id := fmt.Sprintf("%s-%s-%s-%s-d%d-c%d", c.Medium, c.Transport, c.RW, bytesize.Format(c.BlockSize), c.Depth, c.Conns)
 	if c.Discard {
 		id += "-discard"
 	}
@@ -104,7 +104,7 @@ var loads = map[string]string{
 
 // Title is the cell's name within its medium and transport.
 func (c cell) Title() string {
-	s := fmt.Sprintf("%s %s, depth %d", bench.FormatSize(c.BlockSize), loads[c.RW], c.Depth)
+	s := fmt.Sprintf("%s %s, depth %d", bytesize.Format(c.BlockSize), loads[c.RW], c.Depth)
 	if c.Conns > 1 {
 		s += fmt.Sprintf(", %d connections", c.Conns)
 	}

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/nbd-export/nbd-export/bench"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // check is one load put on a server by bench and by fio in turn.
@@ -112,7 +113,7 @@ func (r *runner) checkRound(ctx context.Context, k *check, p *process, round int
 // fioArgs is a load as fio takes it.
 func fioArgs(c cell, uri string, size int64, length time.Duration) []string {
 	return []string{
-		"--name=check", "--thread", "--ioengine=nbd", "--uri=" + uri, "--rw=" + c.RW, "--bs=" + bench.FormatSize(c.BlockSize),
+		"--name=check", "--thread", "--ioengine=nbd", "--uri=" + uri, "--rw=" + c.RW, "--bs=" + bytesize.Format(c.BlockSize),
 		fmt.Sprintf("--iodepth=%d", c.Depth), fmt.Sprintf("--size=%d", size), "--norandommap", "--randrepeat=0",
 		"--time_based", fmt.Sprintf("--runtime=%dms", length.Milliseconds()), "--output-format=json",
 	}

@@ -17,7 +17,7 @@ import (
 	"syscall"
 	"time"
 
-	"github.com/nbd-export/nbd-export/bench"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // config is one comparison.
@@ -26,7 +26,7 @@ type config struct {
 	cellTime time.Duration
 	// handoverTime is for each cell of handovers.
 	handoverTime time.Duration
-	imageSize    bench.Size
+	imageSize    bytesize.Size
 	cells        []cell
 	handovers    []handoverCell
 	group        bool     // hand over a group of images too

@@ -6,7 +6,7 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/nbd-export/nbd-export/bench"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // enoughRounds is from when on a goal counts as met or missed.
@@ -229,13 +229,13 @@ func (rep *report) writeMethod(s *strings.Builder) {
 	fmt.Fprintf(s, "All servers of a medium are up at once, each on an image of its own: %s of random bytes, on disk\n"+
 		"twice that, of which cold loads use all. %s, %v per load; within a round each cell is run on\n"+
 		"one server after the other, and who begins changes from round to round. Servers, as started:\n\n",
-		bench.FormatSize(rep.Image), rounds(rep.Rounds), rep.CellTime)
+		bytesize.Format(rep.Image), rounds(rep.Rounds), rep.CellTime)
 	block := func(lines ...string) { s.WriteString("```sh\n" + strings.Join(lines, "\n") + "\n```\n\n") }
 	block(rep.Commands...)
 	s.WriteString("A load is what the first of these does; the client was checked with the others:\n\n")
 	const uri = "'nbd+unix:///?socket=$SOCKET'"
 	block(fmt.Sprintf("nbd-export bench --rw randread --bs 4k --depth 32 --conns 1 --time %v --size %s --pid $PID %s",
-		rep.CellTime, bench.FormatSize(rep.Image), uri),
+		rep.CellTime, bytesize.Format(rep.Image), uri),
 		strings.Join(append([]string{"fio"}, fioArgs(checkCells[0].cell, uri, rep.Image, max(rep.CellTime, checkTime))...), " "),
 		strings.Join(delayed.argv(endpoint{binary: programNbdkit, address: "$SOCKET", size: rep.Image}), " "))
 	s.WriteString(`- The better peer is the one with the best median of the cell, among all modes of qemu-nbd and nbdkit,

@@ -14,12 +14,13 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nbd-export/nbd-export/bench"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // newBenchCommand is nbd-export bench: a load on any NBD server.
 func newBenchCommand() *cobra.Command {
 	c := bench.Config{ReadPercent: 70}
-	blockSize, offset, region := size(4096), size(0), size(0)
+	blockSize, offset, region := bytesize.Size(4096), bytesize.Size(0), bytesize.Size(0)
 	rw := choose("randread", "read", "write", "randwrite", "mixed")
 	var asJSON, asGoBench bool
 	cmd := &cobra.Command{

@@ -11,6 +11,7 @@ import (
 
 	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/backend/qcow2"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 func newCreateCommand() *cobra.Command {
@@ -64,7 +65,7 @@ two.
 				if size >= 0 {
 					return wrong(errors.New("the size is given twice, as SIZE and as -o size="))
 				}
-				if size, err = parseSize(args[1]); err != nil {
+				if size, err = bytesize.Parse(args[1]); err != nil {
 					return wrong(err)
 				}
 			}
@@ -159,11 +160,11 @@ func createOption(o *qcow2.CreateOptions, name, value string) (err error) {
 	}
 	switch name {
 	case "size":
-		o.Size, err = parseSize(value)
+		o.Size, err = bytesize.Parse(value)
 	case "preallocation":
 		o.Preallocation = qcow2.Preallocation(one("off", "metadata", "falloc", "full"))
 	case "cluster_size":
-		o.ClusterSize, err = parseSize(value)
+		o.ClusterSize, err = bytesize.Parse(value)
 		if err == nil && o.ClusterSize == 0 {
 			err = errors.New("must be a power of two from 512 to 2M")
 		}

@@ -73,7 +73,7 @@ func TestUsage(t *testing.T) {
 		{"serve -e -1 x", 2, "serve: --shared -1 is negative; 0 means unlimited; see"},
 		{"serve --full-disk-wait -1s x", 2, "serve: --full-disk-wait -1s is negative; 0 does not wait; see"},
 		{"serve --memory 12q x", 2, `size "12q": unknown unit`},
-		{"serve --memory 1.5q x", 2, `size "1.5q": want a number of bytes such as 512, or of k, M, G or T such as 1.5G`},
+		{"serve --memory 1.5q x", 2, `size "1.5q": unknown unit, want a number of bytes such as 512, 4k, 64M, 1.5G or 1T`},
 		{"serve --memory 0.5M x", 2, "serve: --memory 512k is too little; give at least 1M; see"},
 		{"serve --memory 12 x", 2, "serve: --memory 12 is too little; give at least 1M; see"},
 		{"serve --log-level loud x", 2, "must be one of info, debug, warn, error; see"},

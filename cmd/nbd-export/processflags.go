@@ -12,13 +12,14 @@ import (
 
 	"github.com/nbd-export/nbd-export/backend"
 	"github.com/nbd-export/nbd-export/control"
+	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
 // processFlags are those of every verb that runs a process that serves images.
 type processFlags struct {
 	control, pidFile    string
-	memory, dirty       size
-	l2Cache             size
+	memory, dirty       bytesize.Size
+	l2Cache             bytesize.Size
 	allowBacking        []string
 	fork                bool
 	fullDisk            time.Duration

@@ -14,13 +14,13 @@ import (
 // arrows is who may import whom, as docs/architecture.md draws it. What is
 // not listed imports none of ours.
 var arrows = map[string][]string{
-	"cmd/nbd-export": {"backend", "backend/qcow2", "bench", "control", "export", "ioloop", "state"},
+	"cmd/nbd-export": {"backend", "backend/qcow2", "bench", "control", "export", "internal/bytesize", "ioloop", "state"},
 	"backend":        {"backend/qcow2"},
 	"control":        {"backend", "export", "ioloop", "state"},
 	"export":         {"backend", "export/wire", "ioloop", "state"},
 	"ioloop":         {"backend", "internal/turns", "state"},
-	"bench":          {"client"},
-	"bench/compare":  {"bench", "client", "control", "export/wire"},
+	"bench":          {"client", "internal/bytesize"},
+	"bench/compare":  {"bench", "client", "control", "export/wire", "internal/bytesize"},
 	"client":         {"export/wire", "internal/turns"},
 }
 
