@@ -185,6 +185,9 @@ func (c *chain) follow(path, what, name string, how openHow) (*File, string, err
 			err = fmt.Errorf("that is %s, which is part of this image already: %w", other.path, unix.ELOOP)
 		}
 	}
+	if err == nil {
+		err = c.opts.reserved(f)
+	}
 	if err == nil && c.taken != nil {
 		err = c.taken(f, how.write)
 	}

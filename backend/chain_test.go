@@ -74,6 +74,33 @@ func TestChain(t *testing.T) {
 }
 
 // Names in an image lead to nothing that its user did not expect.
+// What the process writes something else into is no image, and not behind one.
+func TestReserved(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	must(t, os.WriteFile(at("log"), nil, 0o600))
+	must(t, os.WriteFile(at("other"), nil, 0o600))
+	var st unix.Stat_t
+	must(t, unix.Stat(at("log"), &st))
+	qemuImg(t, "create", "-q", "-f", "qcow2", "-b", "log", "-F", "raw", at("disk.qcow2"), "1M")
+	log := func(dev, ino uint64) string {
+		if dev == st.Dev && ino == st.Ino {
+			return "the log"
+		}
+		return ""
+	}
+	for name, format := range map[string]string{"log": "raw", "disk.qcow2": "qcow2"} {
+		o, err := Open(Options{Path: at(name), Format: format, Reserved: log})
+		if err == nil {
+			err = errors.Join(activate(o, false), o.Close())
+		}
+		if !errors.Is(err, unix.EBUSY) || !strings.Contains(err.Error(), "it is the log, and what is written there would end up in the image") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	openImage(t, Options{Path: at("other"), Reserved: log}, nil)
+}
+
 func TestChainRefuses(t *testing.T) {
 	dir, outside := t.TempDir(), t.TempDir()
 	in := func(name string) string { return filepath.Join(dir, name) }

@@ -83,6 +83,9 @@ type Options struct {
 	// ControlAddress is told to others in the record, as the way to reach this
 	// process.
 	ControlAddress string
+	// Reserved says what else the process writes into the file with this device and
+	// inode, "" for nothing: that is no image, nor part of one. nil for nothing at all.
+	Reserved func(dev, ino uint64) string
 	// Warn gets a line about what the user should know and what does not
 	// keep the image from being served. It may be called by any goroutine,
 	// also later. nil drops them.
@@ -125,6 +128,17 @@ func (o *Options) settle() error {
 	return nil
 }
 
+// reserved refuses a file that the process writes something else into.
+func (o *Options) reserved(f *File) error {
+	if o.Reserved == nil {
+		return nil
+	}
+	if what := o.Reserved(f.id.dev, f.id.ino); what != "" {
+		return &refusal{"it is " + what + ", and what is written there would end up in the image; choose another file for one of them", unix.EBUSY}
+	}
+	return nil
+}
+
 // Open opens the image inactive: for reading only, without locks, changing
 // nothing. It may block for as long as the storage does. Errors wrap a
 // syscall.Errno and say what to do.
@@ -138,7 +152,13 @@ func open(o Options, h faults) (*Owned, error) {
 	if err != nil {
 		return nil, err
 	}
-	format, probed, err := findFormat(f, o)
+	var format string
+	var probed bool
+	if err = o.reserved(f); err != nil {
+		err = &fs.PathError{Op: "open image", Path: f.path, Err: err}
+	} else {
+		format, probed, err = findFormat(f, o)
+	}
 	if err == nil && o.Snapshot != "" && (format != "qcow2" || !o.ReadOnly) {
 		err = &fs.PathError{Op: "open image", Path: f.path, Err: &refusal{"a snapshot can only be served of a qcow2 image, and read-only", unix.EINVAL}}
 	}

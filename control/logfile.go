@@ -54,6 +54,17 @@ func again(call func() error) error {
 	}
 }
 
+// Is reports whether it is the file with this device and inode.
+func (f *LogFile) Is(dev, ino uint64) bool { return isFile(f.fd, dev, ino) }
+
+// StderrIs is Is of what the standard error leads to.
+func StderrIs(dev, ino uint64) bool { return isFile(2, dev, ino) }
+
+func isFile(fd int, dev, ino uint64) bool {
+	var st unix.Stat_t
+	return unix.Fstat(fd, &st) == nil && st.Dev == dev && st.Ino == ino
+}
+
 // Write appends b. It may run beside Reopen: b is in the one file or in the other.
 func (f *LogFile) Write(b []byte) (n int, err error) {
 	for n < len(b) && err == nil {

@@ -241,7 +241,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		opt.ControlAddress = address
 	}
 	opt.Warn = func(text string) { log.Warn(text) }
-	opt.Later = d.later.Do
+	opt.Later, opt.Reserved = d.later.Do, d.reserved
 	opt.AllowBacking, opt.NoRepair, opt.L2Cache = d.opt.allowBacking, d.opt.noRepair, cmp.Or(opt.L2Cache, d.opt.l2Cache)
 	img, hooks, err := openImage(opt.Options)
 	if err != nil {
@@ -354,6 +354,17 @@ func (d *daemon) run(signals *control.Signals) error {
 	case err := <-d.failed:
 		return err
 	}
+}
+
+// reserved is backend.Options.Reserved: a log is appended to whatever is there.
+func (d *daemon) reserved(dev, ino uint64) string {
+	switch {
+	case d.opt.logFile != nil && d.opt.logFile.Is(dev, ino):
+		return "the log file (--log-file)"
+	case control.StderrIs(dev, ino):
+		return "where the log goes (standard error)"
+	}
+	return ""
 }
 
 // tellSupervisor tells the service manager a state. It is no reason to stop if

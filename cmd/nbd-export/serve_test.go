@@ -216,6 +216,10 @@ func TestServeRefused(t *testing.T) {
 	port := busy.Addr().String()[strings.LastIndex(busy.Addr().String(), ":")+1:]
 	k := filepath.Join(dir, "x.sock")
 	before, _ := os.ReadDir(dir)
+	image, err := os.Stat(img)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		want string
 		args []string
@@ -228,6 +232,7 @@ func TestServeRefused(t *testing.T) {
 		{"not a socket", []string{"-k", img, "--inactive", img}},
 		{"choose a shorter one", []string{"-k", dir + strings.Repeat("x", 200), "--inactive", img}},
 		{"the port is in use", []string{"-k", k, "-p", port, "--inactive", img}},
+		{"it is the log file (--log-file), and what is written there would end up in the image", []string{"-k", k, "--log-file", img, "--inactive", img}},
 		{"cannot write pid file", []string{"-k", k, "--pid-file", filepath.Join(dir, "no", "pid"), "--inactive", img}},
 	} {
 		p := start(t, append([]string{"serve", "-f", "raw", "--log-format", "json"}, c.args...)...)
@@ -238,6 +243,9 @@ func TestServeRefused(t *testing.T) {
 	}
 	if after, _ := os.ReadDir(dir); len(after) != len(before) {
 		t.Errorf("left behind: %v", after)
+	}
+	if now, err := os.Stat(img); err != nil || now.Size() != image.Size() {
+		t.Errorf("the image became %v, %v", now, err)
 	}
 	owner.signal(t, syscall.SIGTERM)
 	owner.end(t)
