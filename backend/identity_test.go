@@ -103,10 +103,12 @@ func TestNoteOnlyByTheOwner(t *testing.T) {
 	a := openImage(t, Options{Path: path}, disk.hook)
 	must(t, activate(a, false))
 	disk.set(opRecordRename, unix.EDQUOT)
+	disk.set(opRecordOverwrite, unix.EDQUOT)
 	if noted, err := a.Note("n"); noted || !isErrno(err, unix.EDQUOT) || !strings.Contains(err.Error(), path+".owner") {
 		t.Error(noted, err)
 	}
 	disk.set(opRecordRename, nil)
+	disk.set(opRecordOverwrite, nil)
 	if i := a.Identify(); i.Nonce != "" || i.Epoch != 1 {
 		t.Errorf("%+v", i)
 	}

@@ -113,7 +113,13 @@ func (o *ownerRecord) claimed() *OwnerRecord {
 
 // replace writes the record anew. What it was is removed by tidy.
 func (o *ownerRecord) replace(path, temp string, b []byte) error {
+	b = padded(b)
 	written, left, err := replaceRecord(path, b, scratch{path: path + temp, image: &o.stat, exchange: o.near}, o.faults)
+	if err != nil && unwritable(err) {
+		if over, e := overwriteRecord(path, b, o.near, o.faults); e == nil {
+			written, err = over, nil
+		}
+	}
 	o.written = written
 	o.left = o.left || left
 	return err

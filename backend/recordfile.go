@@ -121,6 +121,58 @@ func replaceRecord(path string, b []byte, s scratch, h faults) (written *filePri
 	return written, left, err
 }
 
+// recordSector is what a disk writes as a whole, in bytes. Records are as long,
+// if they are not longer, so that one can be overwritten by another.
+const recordSector = 512
+
+// padded is the record b with spaces before its last newline, up to recordSector.
+func padded(b []byte) []byte {
+	n := recordSector - len(b)
+	if n <= 0 || len(b) == 0 {
+		return b
+	}
+	p := append(make([]byte, 0, recordSector), b[:len(b)-1]...)
+	return append(append(p, bytes.Repeat([]byte(" "), n)...), b[len(b)-1])
+}
+
+// overwriteRecord puts b over the record at path, for where there is no room for
+// another file: a full disk has given the record its sector already, and a directory
+// that cannot be written may have a record that can. It is one write within one page,
+// which a process that is killed has done or not, and within one sector, which a loss
+// of power leaves as it was or as it is to be. Who reads meanwhile may see both, and
+// no owner does: only who has the locks writes.
+func overwriteRecord(path string, b []byte, near bool, h faults) (written *filePrint, err error) {
+	fd, err := h.open(opRecordOverwrite, path, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		// What NFS could not write it says here.
+		if e := unix.Close(fd); err == nil && e != nil && e != unix.EINTR {
+			written, err = nil, e
+		}
+	}()
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return nil, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || st.Size != recordSector || len(b) != recordSector {
+		return nil, unix.EINVAL
+	}
+	var n int
+	if err = retry(func() error { n, err = unix.Pwrite(fd, b, 0); return err }); err != nil {
+		return nil, err
+	}
+	if n < len(b) {
+		return nil, unix.EIO
+	}
+	if near && unix.Fstat(fd, &st) == nil {
+		print := printOf(&st)
+		written = &print
+	}
+	return written, nil
+}
+
 // rename puts what was made in its place. left tells that what stood there
 // stands at s.path.
 func (s scratch) rename(path string, h faults) (left bool, err error) {

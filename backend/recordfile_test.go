@@ -296,3 +296,84 @@ func TestRecordUnwritable(t *testing.T) {
 		}
 	}
 }
+
+// A record that is there is written over where no other file can be made: it tells who
+// owns the image also on a full disk, and to users that cannot write the directory.
+func TestRecordOverwritten(t *testing.T) {
+	for _, op := range []sysop{opRecordCreate, opRecordWrite, opRecordRename} {
+		for _, errno := range []unix.Errno{unix.EACCES, unix.EPERM, unix.ENOSPC, unix.EDQUOT} {
+			path := writeFile(t, t.TempDir(), make([]byte, 4096))
+			for _, o := range []Options{{Path: path}, {Path: path, OwnerRecord: path + ".owner"}} {
+				h := new(failing)
+				o.Warn = func(s string) { t.Error(s) }
+				r := openImage(t, o, h.hook)
+				must(t, activate(r, false))
+				must(t, inactivate(r))
+				before := recordOf(t, path+".owner").Epoch
+				h.set(op, errno)
+				for i := range uint64(3) {
+					must(t, activate(r, false))
+					wantRecord(t, path, before+i+1, false)
+					must(t, r.Check())
+					if noted, err := r.Note("word"); !noted || err != nil || recordOf(t, path+".owner").Nonce != "word" {
+						t.Error(noted, err)
+					}
+					must(t, inactivate(r))
+					wantRecord(t, path, before+i+1, true)
+				}
+				// What was withdrawn stands there again.
+				must(t, r.Acquire())
+				must(t, r.Load(false))
+				if _, err := r.Claim(0); err != nil {
+					t.Fatal(err)
+				}
+				wantRecord(t, path, before+4, false)
+				r.Withdraw()
+				wantRecord(t, path, before+3, true)
+				if got := r.RecordPlace().Path; got != path+".owner" {
+					t.Errorf("the record is at %q", got)
+				}
+				noTemp(t, path)
+				must(t, r.Close())
+			}
+		}
+	}
+}
+
+// Only what is certain to be a record of ours, whole before and after, is written over.
+func TestRecordNotOverwritten(t *testing.T) {
+	long := strings.Repeat("x", recordSector)
+	for name, spoil := range map[string]func(t *testing.T, record string, h *failing) string{
+		"another name": func(t *testing.T, record string, _ *failing) string {
+			must(t, os.Link(record, record+".link"))
+			return ""
+		},
+		"shorter": func(t *testing.T, record string, _ *failing) string {
+			b, err := os.ReadFile(record)
+			must(t, err)
+			must(t, os.WriteFile(record, []byte(strings.ReplaceAll(string(b), "  ", "")), 0o600))
+			return ""
+		},
+		"longer":  func(*testing.T, string, *failing) string { return "/run/" + long },
+		"no room": func(_ *testing.T, _ string, h *failing) string { h.set(opRecordOverwrite, unix.ENOSPC); return "" },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := writeFile(t, t.TempDir(), make([]byte, 4096))
+			h := new(failing)
+			r := openImage(t, Options{Path: path}, h.hook)
+			must(t, activate(r, false))
+			must(t, inactivate(r))
+			o := Options{Path: path, ControlAddress: spoil(t, path+".owner", h)}
+			before, err := os.ReadFile(path + ".owner")
+			must(t, err)
+			r = openImage(t, o, h.hook)
+			h.set(opRecordWrite, unix.ENOSPC)
+			must(t, activate(r, false))
+			wantContent(t, path+".owner", before)
+			if r.RecordPlace().Path != "" {
+				t.Error("it is said to have a record")
+			}
+			must(t, inactivate(r))
+		})
+	}
+}

@@ -84,7 +84,8 @@ func parseOwnForm(b []byte) (r *OwnerRecord, ok bool) {
 	r.Nonce = p.text(",\n", "nonce", true)
 	r.Image = p.text(",\n", "image", true)
 	r.PID, r.Clean = int(pid), clean == "true"
-	ok = !p.odd && string(p.rest) == "\n}\n" && (r.Clean || clean == "false") &&
+	rest, ended := bytes.CutPrefix(p.rest, []byte("\n}"))
+	ok = !p.odd && ended && len(bytes.Trim(rest, " \n")) == 0 && (r.Clean || clean == "false") &&
 		r.Host != "" && pid > 0 && r.Epoch > 0 && r.Epoch < epochMax && r.Since.UnmarshalText([]byte(since)) == nil
 	return r, ok
 }

@@ -45,6 +45,13 @@ func TestRecordForm(t *testing.T) {
 		if got := r.bytes(); !bytes.Equal(got, b.Bytes()) {
 			t.Fatalf("%s, want %s", got, b.Bytes())
 		}
+		if rapid.Bool().Draw(t, "padded") {
+			short := b.Len()
+			b = *bytes.NewBuffer(padded(b.Bytes()))
+			if b.Len() != max(short, recordSector) {
+				t.Fatalf("%d bytes became %d", short, b.Len())
+			}
+		}
 		got, want := tryForm(t, b.Bytes())
 		if (got != nil) != usual {
 			t.Fatalf("read %v of what encoding/json reads as %+v", got, want)

@@ -41,6 +41,7 @@ const (
 	opRecordWrite
 	opRecordClose
 	opRecordRename
+	opRecordOverwrite
 )
 
 // faults is the seam by which tests make system calls fail. It runs before

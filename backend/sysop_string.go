@@ -11,7 +11,7 @@ var sysopNames = [...]string{
 	opLock: "lock", opTestLock: "test-lock", opListLocks: "list-locks",
 	opRecordStat: "record-stat", opRecordOpen: "record-open", opRecordRead: "record-read", opRecordUnlink: "record-unlink",
 	opRecordCreate: "record-create", opRecordWrite: "record-write", opRecordClose: "record-close",
-	opRecordRename: "record-rename",
+	opRecordRename: "record-rename", opRecordOverwrite: "record-overwrite",
 }
 
 // String names the call, for tests.

@@ -48,8 +48,6 @@ const (
 	// untidy: the order is carried out, but the record does not say that the
 	// image was let go in order.
 	untidy
-	// alone: the image is owned without a record.
-	alone
 	// told: only the client whose request it is hears of it.
 	told
 	// blind: the image is given up, but cannot be read any more.
@@ -68,12 +66,11 @@ func recordRead(e effect) []crashCall {
 // If that fails the record is read.
 var recordLook = call("record-stat", harmless)
 
-// recordWrite are those by which it is replaced. A full disk may not keep an
-// image from changing its owner.
-func recordWrite(eio, enospc effect) []crashCall {
+// recordWrite are those by which it is replaced. On a full disk it is written over.
+func recordWrite(eio effect) []crashCall {
 	var calls []crashCall
 	for _, name := range []string{"record-create", "record-write", "record-rename"} {
-		calls = append(calls, crashCall{name: name, eio: eio, enospc: enospc})
+		calls = append(calls, crashCall{name: name, eio: eio, enospc: harmless})
 	}
 	return calls
 }
@@ -87,7 +84,7 @@ var activation = []crashStep{
 		call("open", refuses), call("stat", refuses), call("lock", refuses), call("test-lock", refuses),
 	}},
 	{"load", []crashCall{call("stat", refuses)}},
-	{"claim", slices.Concat([]crashCall{call("stat", refuses)}, recordRead(refuses), recordWrite(refuses, alone))},
+	{"claim", slices.Concat([]crashCall{call("stat", refuses)}, recordRead(refuses), recordWrite(refuses))},
 	{"publish", nil},
 	{"retire", nil},
 }
@@ -103,7 +100,7 @@ var rawScenes = []crashScene{
 			{"close-gate", nil},
 			{"drain", nil},
 			{"settle", slices.Concat([]crashCall{recordLook, call("sync", poisons)}, openView(refuses))},
-			{"release", slices.Concat([]crashCall{recordLook}, recordWrite(untidy, untidy), []crashCall{call("close", harmless)})},
+			{"release", slices.Concat([]crashCall{recordLook}, recordWrite(untidy), []crashCall{call("close", harmless)})},
 		},
 		end: crashEnd{state: [2]string{"inactive", "inactive"}, epoch: 1, clean: true, next: "B"},
 	},
@@ -118,7 +115,7 @@ var rawScenes = []crashScene{
 	{
 		name: "stop", title: "A stops (SIGTERM)", actor: 0,
 		steps: []crashStep{
-			{"stop", slices.Concat([]crashCall{recordLook}, recordWrite(untidy, untidy), []crashCall{call("sync", poisons)}, openView(untidy), []crashCall{call("close", harmless)})},
+			{"stop", slices.Concat([]crashCall{recordLook}, recordWrite(untidy), []crashCall{call("sync", poisons)}, openView(untidy), []crashCall{call("close", harmless)})},
 		},
 		end: crashEnd{state: [2]string{"exited", "inactive"}, epoch: 1, clean: true, next: "B"},
 	},
@@ -270,8 +267,6 @@ func (end *crashEnd) fail(s *crashScene, e effect) {
 		}
 	case untidy:
 		end.clean = false
-	case alone:
-		end.epoch, end.clean = 1, true
 	case blind:
 		end.unreadable = true
 	}

@@ -24,7 +24,7 @@ func newWhoCommand() *cobra.Command {
 agree. It asks nobody, takes no lock and changes nothing. What keeps others out
 are the locks; the record names who has them. QEMU writes no record, so an image
 that QEMU has is locked and has none, or an old one; nor does an exporter where it
-cannot, as on a full disk. Whose locks they are is shown of processes of this host:
+cannot, as in a directory of somebody else's. Whose locks they are is shown of processes of this host:
 those of the same user, or all for root. IMAGE.owner.was, which may lie beside the
 record, is what that said before; it says nothing any more.
 
