@@ -29,7 +29,7 @@ type decoder struct {
 	used int    // bytes of the current value
 	text []byte // of the current token
 	toks []token
-	skip bool // what follows an error, up to the next space or bracket
+	skip bool // what follows an error, up to where a client can start anew
 }
 
 type token struct {
@@ -95,6 +95,10 @@ func structural(c byte) bool { return strings.IndexByte("{}[]:,", c) >= 0 }
 func lower(c byte) bool      { return 'a' <= c && c <= 'z' }
 func digit(c byte) bool      { return '0' <= c && c <= '9' }
 
+// restarts says that what follows an error ends at c. Brackets and the ends of
+// lines are where clients begin anew; with a byte that no text has one can force it.
+func restarts(c byte) bool { return structural(c) || c < ' ' && c != '\t' || c >= 0xFE }
+
 func (d *decoder) token() (token, error) {
 	var c byte
 	var err error
@@ -103,7 +107,7 @@ func (d *decoder) token() (token, error) {
 			return token{}, err
 		}
 		if d.skip {
-			if c > ' ' && !structural(c) {
+			if !restarts(c) {
 				continue
 			}
 			d.skip = false
@@ -154,7 +158,7 @@ func (d *decoder) stringToken(quote byte) (token, error) {
 			}
 			d.text = append(d.text, c)
 		}
-		if c < 0x20 || c == 0xC0 || c == 0xC1 || c >= 0xF5 { // never in UTF-8
+		if c < 0x20 || c >= 0xFE {
 			return d.stray()
 		}
 	}

@@ -143,7 +143,7 @@ func TestControlFraming(t *testing.T) {
 			t.Error("a command with bad arguments activated the image")
 		}
 		// After what is no JSON the next command is understood again.
-		for _, bad := range []string{`{"execute": xyz}`, "}", `{"execute": }` + "\n"} {
+		for _, bad := range []string{`{"execute": xyz}`, "}", `{"execute": }` + "\n", "/* no comment */ 1\tx", "\"\xfe", "@ x"} {
 			r, _ := c.ask(bad)["error"].(m)
 			if desc, _ := r["desc"].(string); r["class"] != generic || !strings.HasPrefix(desc, "JSON parse error, ") {
 				t.Errorf("sent %s, got %v", bad, r)
