@@ -225,19 +225,27 @@ func listenOn(address args) (net.Listener, error) {
 	if arg[string](address, "type") == "unix" {
 		return export.ListenUnix(arg[string](data, "path"))
 	}
-	network := "tcp"
-	v4, v6 := argOr(data, "ipv4", true), argOr(data, "ipv6", true)
-	_, only4 := data["ipv4"]
-	_, only6 := data["ipv6"]
-	switch {
-	case !v4 && !v6:
-		return nil, generic("Cannot disable IPv4 and IPv6 at same time")
-	case !v6, only4 && !only6:
-		network = "tcp4"
-	case !v4, only6 && !only4:
-		network = "tcp6"
+	network, err := family(data)
+	if err != nil {
+		return nil, err
 	}
 	return export.ListenTCPFamily(network, net.JoinHostPort(arg[string](data, "host"), arg[string](data, "port")))
+}
+
+// family is the network of an inet address. One family that is on, or off, alone
+// says all (QEMU's inet_ai_family_from_address).
+func family(data args) (string, error) {
+	v4, given4 := data["ipv4"].(bool)
+	v6, given6 := data["ipv6"].(bool)
+	switch {
+	case given4 && given6 && !v4 && !v6:
+		return "", generic("Cannot disable IPv4 and IPv6 at same time")
+	case v4 == v6 && given4 == given6: // both, or nothing is said
+		return "tcp", nil
+	case v4, given6 && !v6:
+		return "tcp4", nil
+	}
+	return "tcp6", nil
 }
 
 // nbdServerStop ends the server with all its exports and connections.

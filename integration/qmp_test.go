@@ -529,9 +529,12 @@ func TestSameAnswers(t *testing.T) {
 			`nbd-server-start {"addr":{"type":"unix","data":{"path":"nbd","x":1}}}`,
 			`nbd-server-start {"addr":{"type":"inet","data":{"host":"127.0.0.1","port":1}}}`,
 			`nbd-server-start {"addr":{"type":"inet","data":{"host":"127.0.0.1"}}}`,
+			`nbd-server-start {"addr":{"type":"inet","data":{"host":"127.0.0.1","port":"0","ipv4":false,"ipv6":false}}}`,
 			`nbd-server-start {"addr":"unix:nbd"}`,
 			`nbd-server-start`,
 		),
+		differs(lists, "cannot listen on TCP 127.0.0.1:0", `nbd-server-start {"addr":{"type":"inet","data":{"host":"127.0.0.1","port":"0","ipv4":false}}}`),
+		differs(lists, "cannot listen on TCP 127.0.0.1:0", `nbd-server-start {"addr":{"type":"inet","data":{"host":"127.0.0.1","port":"0","ipv6":true}}}`),
 		differs(lists, "cannot listen on Unix socket /none/nbd", `nbd-server-start {"addr":{"type":"unix","data":{"path":"/none/nbd"}}}`),
 		differs(kinds, "Parameter 'type' does not accept value 'fd'", `nbd-server-start {"addr":{"type":"fd","data":{"str":"99"}}}`),
 		same(
