@@ -223,6 +223,9 @@ func (s *session) attach(format *blockNode, below string) error {
 	if err != nil {
 		return err
 	}
+	if err := state.Inactivate(context.Background(), old.Machine); err != nil {
+		return also(err, t.close())
+	}
 	return s.replace(old, t)
 }
 
@@ -246,12 +249,9 @@ func sameFile(a, b *Target) bool {
 	return key(a) == key(b)
 }
 
-// replace puts t in the place of old, which is the same file with other nodes.
+// replace puts t in the place of old, which is the same file with other nodes and is not
+// active, since two machines of one file would keep each other out.
 func (s *session) replace(old, t *Target) error {
-	// Two machines of one file would keep each other out.
-	if err := state.Inactivate(context.Background(), old.Machine); err != nil {
-		return also(err, t.close())
-	}
 	old.setFileActive(t.file.active) // if it stays
 	if err := s.addTarget(t, old); err != nil {
 		return err
@@ -332,9 +332,7 @@ func (s *session) blockdevDel(a args) (any, error) {
 	case name == t.file.name && t.format != nil:
 		return nil, generic("Block device %s is in use", name)
 	case t.format == nil || t.file.implicit:
-		// Nobody else has what could not be written, as to a full disk: the node stays.
-		// After a failed sync there is nothing left to wait for.
-		if err := state.Inactivate(context.Background(), t.Machine); err != nil && t.Machine.Status().State == state.Active {
+		if err := letGo(t); err != nil {
 			return nil, err
 		}
 		r.Remove(t)
@@ -346,7 +344,22 @@ func (s *session) blockdevDel(a args) (any, error) {
 	if err != nil {
 		return nil, s.keepFile(t, &file)
 	}
+	if err := letGo(t); err != nil {
+		return nil, also(err, alone.close())
+	}
 	return nil, s.replace(t, alone)
+}
+
+// letGo inactivates an image that is going to be closed. It fails where nobody else has
+// what could not be written, as to a full disk: the node stays. After a failed sync
+// there is nothing left to wait for, nor where everything is on disk, and only cannot be
+// opened as an inactive image since a backing file is gone.
+func letGo(t *Target) error {
+	err := state.Inactivate(context.Background(), t.Machine)
+	if err == nil || state.Durable(err) || t.Machine.Status().State != state.Active {
+		return nil
+	}
+	return err
 }
 
 // keepFile takes the format node of t away where the file cannot be opened

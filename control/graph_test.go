@@ -449,7 +449,7 @@ func TestFileGone(t *testing.T) {
 }
 
 // A node that could not be written back stays, so that there is time to make space; one
-// whose sync has failed goes.
+// whose sync has failed goes, and one that has written everything.
 func TestDeleteUnwritten(t *testing.T) {
 	g := newGraph(t)
 	add := `blockdev-add {"driver":"raw","node-name":"r","file":{"driver":"file","filename":"a"}}`
@@ -467,6 +467,37 @@ func TestDeleteUnwritten(t *testing.T) {
 	g.talk(`blockdev-del {"node-name":"r"}`, "image a: writes acknowledged since the last flush may be lost: it is failed(io)")
 	g.nodes("")
 	g.owned("")
+
+	g.fails["a"] = nil
+	g.talk(add, "ok")
+	g.fails["a"] = &backend.ViewError{Path: "a", Err: unix.ENOENT}
+	g.talk(`blockdev-del {"node-name":"r"}`, "ok")
+	g.nodes("")
+	g.owned("")
+}
+
+// The same above a file node that stays.
+func TestDeleteUnwrittenFormat(t *testing.T) {
+	g := newGraph(t)
+	file, format := `blockdev-add {"driver":"file","node-name":"f","filename":"a"}`, `blockdev-add {"driver":"raw","node-name":"r","file":"f"}`
+	g.talk(file, "ok", format, "ok")
+	g.fails["a"] = unix.ENOSPC
+	g.talk(`blockdev-del {"node-name":"r"}`, "cannot inactivate image a: settle: no space left on device; it stays active")
+	g.owned("a!")
+	for _, gone := range []struct {
+		err    error
+		answer string
+	}{
+		{&backend.ViewError{Path: "a", Err: unix.ENOENT}, "ok"},
+		{lost{}, "image a: writes acknowledged since the last flush may be lost: it is failed(io)"},
+	} {
+		g.fails["a"] = gone.err
+		g.talk(`blockdev-del {"node-name":"r"}`, gone.answer)
+		g.nodes("f!")
+		g.owned("a")
+		delete(g.fails, "a")
+		g.talk(format, "ok")
+	}
 }
 
 // An export that is removed before the server starts is not there when it does.

@@ -254,6 +254,35 @@ func TestStorageDaemonFlags(t *testing.T) {
 	})
 }
 
+// An overlay goes although its backing file has gone before, whether its file node
+// goes along or stays.
+func TestDeleteWithoutBacking(t *testing.T) {
+	for _, kind := range managers {
+		t.Run(kind, func(t *testing.T) {
+			m := startManager(t, kind)
+			for _, file := range []string{`{"driver":"file","filename":"over.qcow2"}`, `"f"`} {
+				run(t, "sh", "-ec", `cd "$1"
+					qemu-img create -q -f qcow2 base.qcow2 1M
+					qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 over.qcow2`, "", m.dir)
+				if file == `"f"` {
+					m.must(`blockdev-add {"driver":"file","node-name":"f","filename":"over.qcow2"}`)
+				}
+				m.must(`blockdev-add {"driver":"qcow2","node-name":"q","file":` + file + `}`)
+				if err := os.Remove(filepath.Join(m.dir, "base.qcow2")); err != nil {
+					t.Fatal(err)
+				}
+				m.must(`blockdev-del {"node-name":"q"}`)
+				wantLocks(t, filepath.Join(m.dir, "over.qcow2"), nil)
+			}
+			m.must(`blockdev-del {"node-name":"f"}`)
+			if list := m.ask("query-named-block-nodes")["return"]; len(list.([]any)) != 0 {
+				t.Errorf("left: %v", list)
+			}
+			m.quit()
+		})
+	}
+}
+
 // serve is a daemon that was given an image: more come and go, and its own may.
 func TestServeIsADaemon(t *testing.T) {
 	e := serve(t, sparseImage(t, t.TempDir(), mib), "--export-name", "first")
