@@ -202,7 +202,7 @@ func findFormat(f *File, o Options) (format string, probed bool, err error) {
 	var hint string
 	switch {
 	case o.Format == "qcow2" && format != "qcow2":
-		hint = "this is not a qcow2 image; give -f raw to serve it as it is"
+		return "", false, &fs.PathError{Op: "open image", Path: f.path, Err: ErrNotQcow2}
 	case format == "qcow2":
 		return format, o.Format != "qcow2", nil
 	case format == "":
@@ -213,6 +213,9 @@ func findFormat(f *File, o Options) (format string, probed bool, err error) {
 	}
 	return "", false, &fs.PathError{Op: "open image", Path: f.path, Err: &refusal{hint, unix.EOPNOTSUPP}}
 }
+
+// ErrNotQcow2 is why what was said to be qcow2 cannot be opened.
+var ErrNotQcow2 error = &refusal{"this is not a qcow2 image; give -f raw to serve it as it is", unix.EOPNOTSUPP}
 
 // refusal is an error whose text says all; the errno is for programs.
 type refusal struct {

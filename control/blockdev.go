@@ -89,13 +89,16 @@ func newBlockNode(a args, above *blockNode) (*blockNode, error) {
 // check refuses what does not go together, and what we do not have.
 func (n *blockNode) check(a args) error {
 	_, part := a["size"]
+	for _, name := range []string{"cache-size", "l2-cache-size", "refcount-cache-size"} {
+		if size := arg[int64](a, name); size < 0 {
+			return generic("Value '%d' is out of range for parameter '%s'", size, name)
+		}
+	}
 	switch {
 	case n.forceShare && !n.readOnly:
 		return generic("force-share=on can only be used with read-only images")
-	case a["backing"] != nil:
+	case a["backing"] != nil && a["backing"] != "": // an option has no other way to say null
 		return generic("Parameter 'backing' is not supported by nbd-export but for null: the backing file that the image names is opened")
-	case n.l2Cache < 0 || arg[int64](a, "cache-size") < 0:
-		return generic("Parameters 'l2-cache-size' and 'cache-size' cannot be negative")
 	case argOr(a, "detect-zeroes", "off") != "off":
 		return generic("Parameter 'detect-zeroes' is not supported by nbd-export but for 'off'")
 	case part || arg[int64](a, "offset") != 0:
@@ -161,10 +164,15 @@ func (s *session) addNodes(file, format *blockNode) error {
 	return err
 }
 
-// attachable holds the rule of bdrv_attach_child_noperm.
+// attachable holds the rules of bdrv_attach_child_noperm, and that qcow2 tables are
+// written as long as the node is active.
 func attachable(file *blockNode, active bool, format *blockNode) error {
-	if format != nil && format.active && !active {
+	switch {
+	case format == nil || !format.active:
+	case !active:
 		return generic("Inactive '%s' can't be a file child of active '%s'", file.name, format.name)
+	case format.driver == "qcow2" && file.readOnly && !format.readOnly:
+		return generic("Block node is read-only: '%s' is, but '%s' above it is not", file.name, format.name)
 	}
 	return nil
 }
@@ -302,6 +310,9 @@ func (s *session) open(file, format *blockNode) (*Target, error) {
 func openFailure(filename string, err error) error {
 	errno, known := errors.AsType[syscall.Errno](err)
 	path, ok := errors.AsType[*fs.PathError](err)
+	if errors.Is(err, backend.ErrNotQcow2) {
+		return generic("Image is not in qcow2 format: '%s'; driver raw serves it as it is", filename)
+	}
 	if !known || !ok {
 		return generic("Could not open '%s': %v", filename, err)
 	}

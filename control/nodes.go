@@ -97,9 +97,9 @@ type qcow2Specific struct {
 	Compat        string `json:"compat"`
 	DataFile      string `json:"data-file,omitempty"`
 	DataFileRaw   *bool  `json:"data-file-raw,omitempty"`
-	ExtendedL2    bool   `json:"extended-l2"`
-	LazyRefcounts bool   `json:"lazy-refcounts"`
-	Corrupt       bool   `json:"corrupt"`
+	ExtendedL2    *bool  `json:"extended-l2,omitempty"` // these are nil for version 2
+	LazyRefcounts *bool  `json:"lazy-refcounts,omitempty"`
+	Corrupt       *bool  `json:"corrupt,omitempty"`
 	RefcountBits  int    `json:"refcount-bits"`
 	Compression   string `json:"compression-type"`
 }
@@ -120,11 +120,11 @@ func newImageInfo(l backend.Layer, flat bool) imageInfo {
 		}
 	}
 	data := qcow2Specific{
-		Compat: "1.1", DataFile: q.DataFile, ExtendedL2: q.ExtendedL2,
-		LazyRefcounts: q.LazyRefcounts, Corrupt: q.Corrupt, RefcountBits: q.RefcountBits, Compression: q.Compression,
+		Compat: "1.1", DataFile: q.DataFile, ExtendedL2: &q.ExtendedL2,
+		LazyRefcounts: &q.LazyRefcounts, Corrupt: &q.Corrupt, RefcountBits: q.RefcountBits, Compression: q.Compression,
 	}
 	if q.Version == 2 {
-		data.Compat = "0.10"
+		data = qcow2Specific{Compat: "0.10", RefcountBits: q.RefcountBits, Compression: q.Compression}
 	}
 	if q.DataFile != "" {
 		data.DataFileRaw = &q.DataFileRaw

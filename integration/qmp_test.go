@@ -470,6 +470,23 @@ func TestSameAnswers(t *testing.T) {
 			`blockdev-add {"driver":"qcow2","node-name":"q","backing":null,"read-only":true,"file":{"driver":"file","filename":"o.qcow2"}}`,
 			`blockdev-del {"node-name":"q"}`,
 			`blockdev-add {"driver":"qcow2","node-name":"q","file":{"driver":"file","filename":"none.qcow2"}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","file":{"driver":"file","filename":"a.img"}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","l2-cache-size":-1,"file":{"driver":"file","filename":"q.qcow2"}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","cache-size":-8,"file":{"driver":"file","filename":"q.qcow2"}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","refcount-cache-size":-9223372036854775808,"file":{"driver":"file","filename":"q.qcow2"}}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","backing":"","file":{"driver":"file","filename":"q.qcow2"}}`,
+			`blockdev-del {"node-name":"q"}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","file":{"driver":"file","filename":"v2.qcow2"}}`,
+			`query-named-block-nodes`,
+			`blockdev-del {"node-name":"q"}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","file":{"driver":"file","filename":"q.qcow2","read-only":true}}`,
+			`blockdev-add {"driver":"file","node-name":"qf","filename":"q.qcow2","read-only":true}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","file":"qf"}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","file":"qf","active":false}`,
+			`blockdev-del {"node-name":"q"}`,
+			`blockdev-add {"driver":"qcow2","node-name":"q","file":"qf","read-only":true}`,
+			`blockdev-del {"node-name":"q"}`,
+			`blockdev-del {"node-name":"qf"}`,
 		),
 		// What is behind an image, and beside it.
 		same(
@@ -669,6 +686,10 @@ func TestSameAnswers(t *testing.T) {
 		run(t, "qemu-img", "create", "-q", "-f", "qcow2", filepath.Join(m.dir, "q.qcow2"), "1M")
 		// Whole clusters, which an owner makes of the last one otherwise.
 		if err := os.Truncate(filepath.Join(m.dir, "q.qcow2"), 256<<10); err != nil {
+			t.Fatal(err)
+		}
+		run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", filepath.Join(m.dir, "v2.qcow2"), "1M")
+		if err := os.Truncate(filepath.Join(m.dir, "v2.qcow2"), 256<<10); err != nil {
 			t.Fatal(err)
 		}
 		run(t, "qemu-img", "create", "-q", "-f", "qcow2", "-b", "q.qcow2", "-F", "qcow2", "-u", filepath.Join(m.dir, "o.qcow2"), "2M")
