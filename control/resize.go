@@ -3,9 +3,13 @@ package control
 import (
 	"context"
 	"errors"
+	"math"
 
 	"github.com/nbd-export/nbd-export/state"
 )
+
+// maxSize is the most bytes that an image may be given; QEMU has none that is larger.
+const maxSize int64 = math.MaxInt64 &^ (1<<30 - 1)
 
 // blockResize changes the size of an image that nobody has exported.
 func (s *session) blockResize(a args) (any, error) {
@@ -29,6 +33,8 @@ func (s *session) blockResize(a args) (any, error) {
 		return nil, generic("Permission conflict on node '%s': permissions 'resize' are both required by an unnamed block device (uses node '%s' as 'root' child) and unshared by an export (remove it first)", node, node)
 	case t.readOnly():
 		return nil, generic("Image is read-only")
+	case size > maxSize:
+		return nil, generic("offset(%d) exceeds maximum(%d)", size, maxSize)
 	}
 	if node != t.file.name {
 		for _, b := range t.dirtyBitmaps() {

@@ -532,6 +532,8 @@ func TestSameAnswers(t *testing.T) {
 			`block_resize {"node-name":"a","size":1048576}`,
 			`block_resize {"node-name":"ra","size":1048576}`,
 			`block_resize {"node-name":"ra","size":-1}`,
+			`block_resize {"node-name":"ra","size":9223372036854775807}`,
+			`block_resize {"node-name":"ra","size":9223372035781033985}`,
 			`block_resize {"size":1}`,
 			`block_resize {"node-name":"none","size":1}`,
 			`block_resize {"device":"ra","size":1}`,
