@@ -99,6 +99,9 @@ func findCommand(name string) *command {
 }
 
 func (s *session) negotiate(a args) (any, error) {
+	if s.negotiated {
+		return nil, &Error{CommandNotFound, "Capabilities negotiation is already complete, command ignored"}
+	}
 	if enable := arg[[]string](a, "enable"); len(enable) > 0 {
 		return nil, generic("Capability %s not available", enable[0])
 	}

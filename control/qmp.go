@@ -289,8 +289,6 @@ func (c *session) resolve(request *object) (*command, *object, error) {
 	switch {
 	case !c.negotiated && name != negotiate:
 		return nil, nil, &Error{CommandNotFound, "Expecting capabilities negotiation with '" + negotiate + "'"}
-	case c.negotiated && name == negotiate:
-		return nil, nil, &Error{CommandNotFound, "Capabilities negotiation is already complete, command ignored"}
 	case cmd == nil:
 		return nil, nil, &Error{CommandNotFound, "The command " + name + " has not been found"}
 	}

@@ -52,13 +52,14 @@ func TestDialogues(t *testing.T) {
 			`{"execute":"qmp_capabilities","arguments":{"enable":[1]}}` +
 			`{"execute":"qmp_capabilities","arguments":{"enable":1}}` +
 			`{"execute":"qmp_capabilities","arguments":{"x":[]}}` +
-			queryV + `{"execute":"qmp_capabilities","arguments":{"enable":[]},"id":"x"}` + queryV, []string{
+			queryV + `{"execute":"qmp_capabilities","arguments":{"enable":[]},"id":"x"}` + queryV +
+			`{"execute":"qmp_capabilities","arguments":{"x":[]}}`, []string{
 			failure(`Capability oob not available`),
 			failure(`Parameter 'enable[0]' does not accept value 'foo'`),
 			failure(`Invalid parameter type for 'enable[0]', expected: string`),
 			failure(`Invalid parameter type for 'enable', expected: array`),
 			failure(`Parameter 'x' is unexpected`),
-			must, `{"return": {}, "id": "x"}`, answerV,
+			must, `{"return": {}, "id": "x"}`, answerV, failure(`Parameter 'x' is unexpected`),
 		}},
 		{"no objects", caps + `[1] 3 "x" null true `, []string{empty, object, object, object, object, object}},
 		{"members", caps + `{"execute":1} {"execute":"query-version","x":1} {} {"execute":"query-version","arguments":3}

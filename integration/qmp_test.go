@@ -487,6 +487,9 @@ func TestSameAnswers(t *testing.T) {
 			`blockdev-add {"driver":"qcow2","node-name":"q","file":"qf","read-only":true}`,
 			`blockdev-del {"node-name":"q"}`,
 			`blockdev-del {"node-name":"qf"}`,
+			`qmp_capabilities {"x":1}`,
+			`qmp_capabilities {"enable":[1]}`,
+			`qmp_capabilities`,
 		),
 		// What is behind an image, and beside it.
 		same(
