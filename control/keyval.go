@@ -3,8 +3,8 @@ package control
 import (
 	"bufio"
 	"errors"
-	"fmt"
 	"io"
+	"strconv"
 	"strings"
 )
 
@@ -30,21 +30,21 @@ func (w word) as(k kind) any {
 }
 
 // parseOptions parses the value of an option of qemu-storage-daemon: JSON, or
-// KEY=VALUE,... where a dot in a key goes into an object, and two commas are one
-// in a value (QEMU's keyval.c). The first value may go without its key, which is
-// then implied, unless that is "".
+// KEY=VALUE,... where a dot in a key goes into an object, or a list if numbers follow,
+// and two commas are one in a value (QEMU's keyval.c). The first value may go without
+// its key, which is then implied, unless that is "".
 func parseOptions(text, implied string) (*object, error) {
 	if strings.HasPrefix(text, "{") {
 		d := decoder{r: bufio.NewReader(strings.NewReader(text + " "))}
 		v, err := d.next()
 		if errors.Is(err, io.EOF) {
-			err = parseError("it ends too early")
+			err = parseError("premature EOI")
 		}
 		if err != nil {
 			return nil, err
 		}
 		if _, err := d.next(); !errors.Is(err, io.EOF) {
-			return nil, parseError("something follows its end")
+			return nil, generic("Expecting at most one JSON value")
 		}
 		return v.(*object), nil // it began with a brace
 	}
@@ -54,8 +54,10 @@ func parseOptions(text, implied string) (*object, error) {
 	root := &object{values: make(map[string]any)}
 	for text != "" {
 		key, rest, ok := strings.Cut(text, "=")
-		if !ok || strings.Contains(key, ",") {
-			return nil, fmt.Errorf("expected '=' after parameter '%s'", strings.SplitN(text, ",", 2)[0])
+		if key, _, cut := strings.Cut(key, ","); key == "" {
+			return nil, generic("Invalid parameter ''")
+		} else if !ok || cut {
+			return nil, generic("Expected '=' after parameter '%s'", key)
 		}
 		var value strings.Builder
 		for rest != "" {
@@ -73,7 +75,61 @@ func parseOptions(text, implied string) (*object, error) {
 			return nil, err
 		}
 	}
-	return root, nil
+	return root, root.makeLists("")
+}
+
+// makeLists makes lists of the objects in o whose members are numbered. o is at path.
+func (o *object) makeLists(path string) error {
+	for _, name := range o.names {
+		below, ok := o.values[name].(*object)
+		if !ok {
+			continue
+		}
+		path := path + name + "."
+		if err := below.makeLists(path); err != nil {
+			return err
+		}
+		list, err := below.list(path)
+		if err != nil {
+			return err
+		}
+		if list != nil {
+			o.values[name] = list
+		}
+	}
+	return nil
+}
+
+// list is o as a list, nil if its members are not numbered. It has strings, and no
+// words, since arguments that are lists have no other values without a type.
+func (o *object) list(path string) ([]any, error) {
+	numbered := make(map[uint64]any)
+	for _, name := range o.names {
+		i, err := strconv.ParseUint(name, 10, 31)
+		if err != nil {
+			continue
+		}
+		numbered[i] = o.values[name]
+		if w, ok := numbered[i].(word); ok {
+			numbered[i] = string(w)
+		}
+	}
+	switch len(numbered) {
+	case 0:
+		return nil, nil
+	case len(o.names):
+	default:
+		return nil, generic("Parameters '%s*' used inconsistently", path)
+	}
+	list := make([]any, len(numbered))
+	for i := range list {
+		v, ok := numbered[uint64(i)]
+		if !ok {
+			return nil, generic("Parameter '%s%d' missing", path, i)
+		}
+		list[i] = v
+	}
+	return list, nil
 }
 
 // put sets a member by its path; the last one given counts.
@@ -82,7 +138,7 @@ func (o *object) put(path string, v word) error {
 	for i, name := range names {
 		old, there := o.values[name]
 		if name == "" {
-			return fmt.Errorf("invalid parameter '%s'", path)
+			return generic("Invalid parameter '%s'", path)
 		}
 		if !there {
 			o.names = append(o.names, name)
@@ -91,7 +147,7 @@ func (o *object) put(path string, v word) error {
 		last := i == len(names)-1
 		switch {
 		case there && isObject == last:
-			return fmt.Errorf("parameter '%s' is used both as a value and as an object", strings.Join(names[:i+1], "."))
+			return generic("Parameters '%s.*' used inconsistently", strings.Join(names[:i+1], "."))
 		case last:
 			o.values[name] = v
 		case !there:
@@ -114,14 +170,15 @@ func (s *Server) Run(command, options string) error {
 	}
 	if addr, ok := given.values["addr"].(*object); ok && command == "nbd-server-start" {
 		data := &object{values: addr.values}
+		legacy := &object{names: []string{"data"}, values: map[string]any{"data": data}}
 		for _, name := range addr.names {
-			if name != "type" {
+			if name == "type" {
+				legacy.names, legacy.values[name] = append(legacy.names, name), addr.values[name]
+			} else {
 				data.names = append(data.names, name)
 			}
 		}
-		given.values["addr"] = &object{
-			names: []string{"type", "data"}, values: map[string]any{"type": addr.values["type"], "data": data},
-		}
+		given.values["addr"] = legacy
 	}
 	cmd := findCommand(command)
 	checked, err := cmd.check("", given)

@@ -172,6 +172,12 @@ func (p param) check(path string, v any) (any, error) {
 			return p.bitmaps(path, list)
 		}
 	}
+	switch {
+	case fromWord && p.kind == boolean:
+		return nil, generic("Parameter '%s' expects 'on' or 'off'", path+p.name)
+	case fromWord && p.kind == integer:
+		return nil, generic("Parameter '%s' expects integer", path+p.name)
+	}
 	return nil, generic("Invalid parameter type for '%s', expected: %s", path+p.name, expected)
 }
 

@@ -244,8 +244,8 @@ func TestStorageDaemonFlags(t *testing.T) {
 	t.Run("wrong", func(t *testing.T) {
 		for _, c := range [][3]string{
 			{"--blockdev", "file,node-name=f,filename=/none/such", "Could not open '/none/such': No such file or directory"},
-			{"--blockdev", "file,node-name", "expected '='"},
-			{"--blockdev", "file,node-name=f,filename=/none,read-only=perhaps", "Invalid parameter type for 'read-only', expected: boolean"},
+			{"--blockdev", "file,node-name", "Expected '='"},
+			{"--blockdev", "file,node-name=f,filename=/none,read-only=perhaps", "Parameter 'read-only' expects 'on' or 'off'"},
 			{"--export", "nbd,id=e,node-name=x", "node-name='x'"},
 			{"--nbd-server", "addr.type=unix", "Parameter 'addr.path' is missing"},
 		} {
