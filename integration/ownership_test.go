@@ -306,12 +306,14 @@ func TestStopIsNotHeldUpByClients(t *testing.T) {
 			e := serve(t, randomImage(t, tmpfsDir(t), 1, 32*mib))
 			neverRead(t, e)
 			stalledWrite(t, e, 4*mib, mib)
+			n := len(e.log.lines())
 			begin := time.Now()
 			e.signal(syscall.SIGTERM)
 			bound := 12 * time.Second
 			if signals == 2 {
 				bound = 4 * time.Second // less than without the second signal
-				time.Sleep(200 * time.Millisecond)
+				// Two that are not taken yet are one.
+				e.log.wait(t, n, "the stop is logged", func(l string) bool { return strings.Contains(l, "stopping") })
 				if !e.alive() {
 					t.Log("already stopped after the first signal")
 					e.wait(0)
@@ -579,14 +581,17 @@ func TestRequestsDuringStop(t *testing.T) {
 	n := len(e.log.lines())
 	e.signal(syscall.SIGTERM)
 	e.log.wait(t, n, "the stop is logged", func(l string) bool { return strings.Contains(l, "stopping") })
-	time.Sleep(100 * time.Millisecond)
-	if nc, err := net.Dial("unix", e.socket); err == nil {
-		nc.SetReadDeadline(time.Now().Add(time.Second))
-		if got, _ := io.ReadAll(nc); len(got) != 0 {
-			t.Errorf("a stopping server greets new clients: %q", got)
+	// From when it greets nobody any more requests are refused, too.
+	waitFor(t, startTimeout, "new clients are not greeted", func() bool {
+		nc, err := net.Dial("unix", e.socket)
+		if err != nil {
+			return true
 		}
-		nc.Close()
-	}
+		defer nc.Close()
+		nc.SetReadDeadline(time.Now().Add(time.Second))
+		greeted, _ := nc.Read(make([]byte, 1))
+		return greeted == 0
+	})
 	if _, err := c.Write(append(requestHeader(cmdWrite, 0, 4711, 0, 4096)[:28], make([]byte, 4096)...)); err == nil {
 		var magic [4]byte
 		c.SetReadDeadline(time.Now().Add(2 * time.Second))
