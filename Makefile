@@ -76,7 +76,7 @@ fuzz:
 # One package at a time, for the same reason as above.
 integration: build hooked
 	cd integration && $(GO) test -count=1 -p 1 -timeout 20m ./...
-	cd integration && NBD_EXPORT_ENGINE=portable $(GO) test -count=1 -timeout 5m -run '^(TestTwoExportersOnDisk|TestRandomRequestsAgainstModel)$$/none' .
+	cd integration && NBD_EXPORT_ENGINE=portable $(GO) test -count=1 -timeout 5m -run '^(TestTwoExportersOnDisk|Test(Random|Pipelined)RequestsAgainstModel)$$/none' .
 
 # The long versions of the tests that have one, and a long fuzz run.
 soak: peers build hooked
