@@ -14,8 +14,9 @@
 // queries wait for no transition, so a second client always gets an answer.
 //
 // docs/control.md lists the commands, their extensions and what differs from
-// QEMU. Here they are in: commands.go (the table), blockdev.go and target.go
-// (nodes and the images behind them), exports.go, nbd.go (the NBD server),
-// resize.go, events.go, orders.go, identity.go and takeoverrequest.go (what a
-// handover and a takeover need).
+// QEMU. Here they are in: commands.go (the table), blockdev.go, nodes.go and
+// target.go (nodes and the images behind them), exports.go, bitmaps.go, nbd.go
+// (the NBD server), objects.go (its TLS credentials), resize.go, events.go,
+// orders.go, identity.go and takeoverrequest.go (what a handover and a takeover
+// need).
 package control

@@ -16,23 +16,23 @@ type Part struct {
 func (im *Image) Part(off, n int64) (Part, error) {
 	var all Part
 	for all.Length < n {
-		l, err := im.part(off+all.Length, n-all.Length)
+		p, err := im.part(off+all.Length, n-all.Length)
 		if err != nil {
 			return all, err
 		}
 		if all.Length == 0 {
-			all = l
+			all = p
 			continue
 		}
-		next := all
-		next.Length = l.Length
+		next := all // as it would go on
+		next.Length = p.Length
 		if all.Offset >= 0 {
 			next.Offset = all.Offset + all.Length
 		}
-		if l != next {
+		if p != next {
 			break
 		}
-		all.Length += l.Length
+		all.Length += p.Length
 	}
 	return all, nil
 }
@@ -51,19 +51,19 @@ func (im *Image) part(off, n int64) (Part, error) {
 	c := im.cell(s, i)
 	within := im.g.Within(off)
 	sub := within >> im.subBits
-	l := Part{Length: min(n, (sub+1)<<im.subBits-within), Offset: -1}
+	p := Part{Length: min(n, (sub+1)<<im.subBits-within), Offset: -1}
 	if im.g.hasHost(c) {
-		l.Offset = hostOffset(c.entry) + within
+		p.Offset = hostOffset(c.entry) + within
 	}
 	switch im.g.kind(c, int(sub)) {
 	case zero:
-		l.Zero = true
+		p.Zero = true
 	case compressed:
-		l.Data, l.Compressed = true, true
+		p.Data, p.Compressed = true, true
 	case data:
-		l.Data = true
+		p.Data = true
 	}
-	return l, nil
+	return p, nil
 }
 
 // Preallocated reports whether more clusters are in use than the file, which
