@@ -184,7 +184,7 @@ func (o *Owned) Claim(own uint64) (epoch uint64, err error) {
 	}
 	epoch, durable, err := o.record.claim(own, &st, o.recorded(o.next.file))
 	if durable && len(o.next.file.held) > 0 {
-		o.next.file.dirty.Store(false)
+		o.next.file.dirt.Store(dirtNone)
 	}
 	if err != nil || !o.next.writable() {
 		return epoch, err

@@ -25,6 +25,13 @@ var (
 	cacheShift = bits.TrailingZeros64(uint64(cachePage))
 )
 
+// What File.dirt says.
+const (
+	dirtOfOthers = iota // what they wrote may not have been on the disk when the file was opened
+	dirtNone
+	dirtWritten // through this description, or maybe
+)
+
 // File is an open host file: one open file description, or with O_DIRECT two
 // of the same inode (the second, buffered one is for a tail that fills no
 // block). Its methods may be called by any number of goroutines at once, but
@@ -53,10 +60,10 @@ type File struct {
 
 	ranges ranges
 	syncer syncer
-	// dirty: something was written through this description, or may not have
-	// been on the disk when it was opened. Whoever writes says so when the write
-	// has ended, with dirtied, before it is acknowledged.
-	dirty atomic.Bool
+	// dirt is what may have to be written to the disk. Whoever writes through this
+	// description says so when the write has ended, with dirtied, before it is
+	// acknowledged.
+	dirt  atomic.Uint32
 	pages pageMap
 
 	noPunch, noZeroRange atomic.Bool // found not supported
@@ -155,7 +162,6 @@ func reopenFd(fd int, path string, id inode, op sysop, how openHow) (int, error)
 // newFile takes fd, which it closes on failure.
 func newFile(fd int, path string, how openHow) (f *File, err error) {
 	f = &File{fd: fd, tailFd: -1, path: path, writable: how.write, faults: how.faults}
-	f.dirty.Store(true) // by others, as far as is known
 	defer func() {
 		if err != nil {
 			f.Close()

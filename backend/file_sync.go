@@ -100,8 +100,8 @@ func (f *File) Sync() error {
 // dirtied notes that something was written, or that it may have been. That is
 // looked at when the file is let go, so it is never taken back.
 func (f *File) dirtied() {
-	if !f.dirty.Load() {
-		f.dirty.Store(true)
+	if f.dirt.Load() != dirtWritten {
+		f.dirt.Store(dirtWritten)
 	}
 }
 
@@ -110,7 +110,7 @@ func (f *File) dirtied() {
 // dirty when it was opened: an fdatasync of a file that ext4 has nothing to write of flushes the
 // disk's cache all the same, which took 0.3 ms.
 func (f *File) settle() error {
-	if f.dirty.Load() {
+	if f.dirt.Load() != dirtNone {
 		return f.Sync()
 	}
 	return f.syncer.failed()

@@ -5,13 +5,16 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// fingerprint tells whether an image was changed. It does not notice bytes
-// changed in place within one tick of the file system's clock, or on a block
-// device, but for those of a format's tables.
+// fingerprint tells whether an image was changed. Where this process may not set
+// the image's times, it does not notice bytes changed in place within one tick of
+// the file system's clock (see stamp); and never those of a block device, but for
+// a format's tables.
 type fingerprint struct {
 	files  []filePrint
 	tables uint64 // see content
@@ -71,6 +74,31 @@ func (f *File) fingerprint() (filePrint, error) {
 		return filePrint{id: f.id, size: size}, err
 	}
 	return printOf(&st), nil
+}
+
+// tick is longer than that of any kernel's clock of files.
+const tick = 20 * time.Millisecond
+
+// stamp dates what this owner has just written to the files of the image that it
+// gives up, by the clock itself. Before Linux 6.13 files are dated by the kernel's tick, up to
+// 10 ms: what the next owner wrote within the same one would leave all times as they
+// are, and the image would count as unchanged. A network file system dates by its
+// server's clock.
+func (v *view) stamp() {
+	_ = v.files(func(f *File) error {
+		var st unix.Stat_t
+		if f.dirt.Load() != dirtWritten || f.traits.BlockDevice || !f.keeps() || f.fstat(&st) != nil {
+			return nil
+		}
+		now := time.Now()
+		if age := now.Sub(time.Unix(st.Mtim.Unix())); age <= 0 || age > tick {
+			return nil
+		}
+		times := [2]unix.Timespec{{Nsec: unix.UTIME_OMIT}, unix.NsecToTimespec(now.UnixNano())}
+		// It is the file owner's to do; for others all is as it was.
+		_, _, _ = unix.Syscall6(unix.SYS_UTIMENSAT, uintptr(f.fd), 0, uintptr(unsafe.Pointer(&times)), 0, 0, 0)
+		return nil
+	})
 }
 
 // ModifiedError says that the image is not as this process left it.

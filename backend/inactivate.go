@@ -38,6 +38,7 @@ func (o *Owned) Settle() error {
 		if err := v.settle(); err != nil {
 			return err
 		}
+		v.stamp()
 	}
 	next, err := o.openInactive(v)
 	if err != nil {
