@@ -17,10 +17,6 @@ type Config struct {
 	Memory  int64       // bytes for all payloads of the process; 256 MiB
 	Workers int         // most blocking operations at once; 32
 	Log     *zap.Logger // nothing is logged
-	// StallLimit is how long a client may take to move 32 KiB, or all that it
-	// owes, while others wait for the memory it holds, before it is
-	// disconnected; 10 s.
-	StallLimit time.Duration
 	// Ring makes it the io_uring engine, which closes it when it has been shut
 	// down; nil is the portable one.
 	Ring *Uring
@@ -37,7 +33,7 @@ type Engine struct {
 	yielder yielder
 	pipes   pipes
 	log     *zap.Logger
-	stall   time.Duration
+	stall   time.Duration // stallLimit, but for tests
 
 	// How many connections are busy: see alone.
 	nextCount atomic.Int64 // when they are to be counted, by clock
@@ -62,15 +58,12 @@ func NewEngine(cfg Config) *Engine {
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
-	if cfg.StallLimit == 0 {
-		cfg.StallLimit = 10 * time.Second
-	}
 	return &Engine{
 		limit:   cfg.Memory,
 		budget:  newBudget(cfg.Memory),
 		buffers: pool{keep: cfg.Memory / 8},
 		log:     cfg.Log,
-		stall:   cfg.StallLimit,
+		stall:   stallLimit,
 		sched:   newScheduler(cfg.Workers),
 		ring:    cfg.Ring,
 		conns:   make(map[*conn]struct{}),

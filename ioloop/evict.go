@@ -7,6 +7,10 @@ import (
 	"go.uber.org/zap"
 )
 
+// stallLimit is how long a client may take to move leastMove bytes, or all that it
+// owes, while others wait for the memory it holds, before it is disconnected.
+const stallLimit = 10 * time.Second
+
 // acquire takes what c wants of the budget, waiting for it; false if c broke
 // meanwhile. As long as anyone waits stalled clients are evicted.
 func (e *Engine) acquire(w want, c *conn) (lease, bool) {

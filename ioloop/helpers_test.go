@@ -2,6 +2,7 @@ package ioloop
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -364,6 +365,7 @@ type rigConfig struct {
 	inactive bool
 	onStep   func(state.Step)
 	holdFor  time.Duration
+	stall    time.Duration // stallLimit
 	wanted   func()
 	cache    backend.CacheMode
 	mapped   bool                    // see hooked
@@ -413,6 +415,7 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 	}
 	r.e = NewEngine(cfg.Config)
 	r.e.sched.stay = time.Millisecond
+	r.e.stall = cmp.Or(cfg.stall, r.e.stall)
 	t.Cleanup(r.teardown)
 	if !cfg.inactive {
 		r.activate()

@@ -58,7 +58,7 @@ func TestStalledReaders(t *testing.T) {
 	} {
 		t.Run(kind.name, func(t *testing.T) {
 			const readers, budget = 64, 16 << 20
-			r := newRig(t, rigConfig{tmpfs: true, content: contents, Config: Config{Memory: budget, StallLimit: time.Hour}})
+			r := newRig(t, rigConfig{tmpfs: true, content: contents, Config: Config{Memory: budget}, stall: time.Hour})
 			if kind.wait {
 				r.img.set(func(h *hooked) {
 					h.mapping = func(_, n int64, m backend.Mode) error {
@@ -164,7 +164,7 @@ func TestShare(t *testing.T) {
 // Who asks for more than is left waits until somebody gives something back,
 // and nobody is thrown out before the limit.
 func TestWaitForMemory(t *testing.T) {
-	r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{Memory: 12 << 20, StallLimit: time.Hour}})
+	r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{Memory: 12 << 20}, stall: time.Hour})
 	holder, waiter := r.connect(&testCodec{}), r.connect(&testCodec{})
 	first := holder.send(OpRead, 0, 0, 8<<20, nil)
 	eventually(t, "the reply waits for the client", func() bool { return holder.conn.out.owes.since.Load() != 0 })
@@ -205,7 +205,7 @@ func TestUnreadFlushes(t *testing.T) {
 
 // Who waits for nobody but itself is not evicted.
 func TestOwnMemory(t *testing.T) {
-	r := newRig(t, rigConfig{tmpfs: true, Config: Config{Memory: 5 << 20, StallLimit: time.Hour}})
+	r := newRig(t, rigConfig{tmpfs: true, Config: Config{Memory: 5 << 20}, stall: time.Hour})
 	c := r.connect(&testCodec{})
 	for range 4 {
 		c.send(OpRead, 0, 0, 1<<20+1, nil)
@@ -227,7 +227,7 @@ func TestEviction(t *testing.T) {
 	for name, link := range links {
 		for _, stall := range []string{"reading", "payload", "sipping", "dripping"} {
 			t.Run(name+"/"+stall, func(t *testing.T) {
-				r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{Memory: 12 << 20, StallLimit: 20 * time.Millisecond}})
+				r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{Memory: 12 << 20}, stall: 20 * time.Millisecond})
 				holder := r.connectOver(&testCodec{}, link)
 				quiet := r.connectOver(&testCodec{}, link)
 				quiet.ok(OpRead, 0, 0, 4096, nil)
@@ -335,7 +335,7 @@ func TestTaskLimit(t *testing.T) {
 // because there are too many.
 func TestVanishWhileWaiting(t *testing.T) {
 	h := hold(state.StepLoad)
-	r := newRig(t, rigConfig{tmpfs: true, inactive: true, size: 16 << 20, onStep: h.step, Config: Config{Memory: 12 << 20, StallLimit: time.Hour}})
+	r := newRig(t, rigConfig{tmpfs: true, inactive: true, size: 16 << 20, onStep: h.step, Config: Config{Memory: 12 << 20}, stall: time.Hour})
 	holder := r.connect(&testCodec{})
 	holder.send(OpRead, 0, 0, 8<<20, nil)
 	eventually(t, "the reply waits for the client", func() bool { return holder.conn.out.owes.since.Load() != 0 })
@@ -436,7 +436,7 @@ func (e *longError) Unwrap() error { return unix.EDOM }
 func TestSlowTaker(t *testing.T) {
 	for name, link := range links {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, Config: Config{StallLimit: time.Hour}})
+			r := newRig(t, rigConfig{tmpfs: true, size: 16 << 20, stall: time.Hour})
 			c := r.connectOver(&testCodec{}, link)
 			c.send(OpRead, 0, 0, 16<<20, nil)
 			eventually(t, "the reply waits for the client", func() bool { return c.conn.stalledSince() != 0 })
