@@ -209,7 +209,7 @@ func TestH12Limits(t *testing.T) {
 				t.Errorf("cut off after %v", took)
 			}
 			synctest.Wait()
-			if s.Count() != 0 {
+			if len(s.Connections()) != 0 {
 				t.Error("still counted")
 			}
 		})
@@ -223,12 +223,12 @@ func TestH12Limits(t *testing.T) {
 			s.admit(server)
 			time.Sleep(time.Minute - 1)
 			synctest.Wait()
-			if s.Count() != 1 {
+			if len(s.Connections()) != 1 {
 				t.Error("cut off too early")
 			}
 			time.Sleep(time.Nanosecond)
 			synctest.Wait()
-			if s.Count() != 0 {
+			if len(s.Connections()) != 0 {
 				t.Error("not cut off")
 			}
 		})

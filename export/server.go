@@ -250,14 +250,6 @@ func (s *Server) Connections() []ConnInfo {
 	return list
 }
 
-// Count is the number of open connections.
-func (s *Server) Count() int {
-	s.init()
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return len(s.conns)
-}
-
 // Disconnect closes all connections to e at once and returns how many there
 // were. After Exports.Remove no new one comes.
 func (s *Server) Disconnect(e *Export) int {
