@@ -330,24 +330,27 @@ func (g *gate) drop() {
 	}
 }
 
+// patience is how long a transition waits for requests before it says so.
+const patience = 5 * time.Second
+
 // drain waits until no request but reads is admitted; the mode admits none.
 // slow is called once if that takes longer than patience.
-func (g *gate) drain(patience time.Duration, slow func(oldest string, age time.Duration)) {
-	g.await(func(l *Lane) bool { return l.others.Load() == 0 }, patience, slow)
+func (g *gate) drain(slow func(oldest string, age time.Duration)) {
+	g.await(func(l *Lane) bool { return l.others.Load() == 0 }, slow)
 }
 
 // synchronize waits until every read that may use the view published before
 // is done. New reads are not held up.
-func (g *gate) synchronize(patience time.Duration, slow func(oldest string, age time.Duration)) {
+func (g *gate) synchronize(slow func(oldest string, age time.Duration)) {
 	old := g.parity.Load()
 	g.parity.Store(1 - old)
-	g.await(func(l *Lane) bool { return l.reads[old].Load() == 0 }, patience, slow)
+	g.await(func(l *Lane) bool { return l.reads[old].Load() == 0 }, slow)
 }
 
 // await waits until all lanes are empty, looking again after each leave. There
 // is one await at a time, of the machine's operation under way (two would take
 // each other's kicks).
-func (g *gate) await(empty func(*Lane) bool, patience time.Duration, slow func(string, time.Duration)) {
+func (g *gate) await(empty func(*Lane) bool, slow func(oldest string, age time.Duration)) {
 	g.watchers.Add(1)
 	defer g.watchers.Add(-1)
 	timer := time.NewTimer(patience)
@@ -359,9 +362,7 @@ func (g *gate) await(empty func(*Lane) bool, patience time.Duration, slow func(s
 		select {
 		case <-g.kick:
 		case <-timer.C:
-			if slow != nil {
-				slow(g.oldest())
-			}
+			slow(g.oldest())
 		}
 	}
 }

@@ -30,8 +30,8 @@ type Options struct {
 	// Step is called at the start of each named step of a transition, without
 	// locks. Tests stop, kill and fail there. It may be nil.
 	Step func(image string, step Step)
-	// SlowDrain is called when a drain takes longer than Patience, with the
-	// oldest request admitted. It may be nil.
+	// SlowDrain is called when a drain takes longer than 5 s, with the oldest
+	// request admitted. It may be nil.
 	SlowDrain func(image string, oldest string, age time.Duration)
 	// Unwritten is called, without locks, when a stop could not write all that was
 	// acknowledged. It returns true, after a pause, if that is to be tried once more,
@@ -40,8 +40,6 @@ type Options struct {
 	// Pacer is asked while the image is synced ahead; nil means that one sync
 	// will do.
 	Pacer Pacer
-	// Patience is 5 s when zero.
-	Patience time.Duration
 	// Watch is how often an owned image is checked (Image.Check); 1 s when zero.
 	Watch time.Duration
 	// Later runs what a transition leaves to be done and nobody is to wait for.
@@ -122,9 +120,6 @@ type Machine struct {
 
 // NewMachine guards img, which is open and inactive.
 func NewMachine(img Image, opt Options) *Machine {
-	if opt.Patience == 0 {
-		opt.Patience = 5 * time.Second
-	}
 	if opt.Watch == 0 {
 		opt.Watch = time.Second
 	}
@@ -361,5 +356,5 @@ func (m *Machine) slow(oldest string, age time.Duration) {
 	}
 }
 
-func (m *Machine) drain()       { m.gate.drain(m.opt.Patience, m.slow) }
-func (m *Machine) synchronize() { m.gate.synchronize(m.opt.Patience, m.slow) }
+func (m *Machine) drain()       { m.gate.drain(m.slow) }
+func (m *Machine) synchronize() { m.gate.synchronize(m.slow) }

@@ -59,7 +59,7 @@ func TestGateKeepsWritersOut(t *testing.T) {
 	const phase = 2 * time.Millisecond // so that who was interrupted goes on
 	for start := time.Now(); time.Since(start) < time.Second && bad.Load() == 0; {
 		g.set(modeHeld, nil)
-		g.drain(time.Hour, nil)
+		g.drain(m.slow)
 		closed.Store(true)
 		for since := time.Now(); time.Since(since) < phase; {
 			runtime.Gosched()
@@ -112,7 +112,7 @@ func TestSynchronizeWaitsForReaders(t *testing.T) {
 	for n := uint32(1); time.Since(start) < time.Second && closed.Load()+uncounted.Load() == 0; n++ {
 		seen := reads.Load()
 		old := current.Swap(&numbered{n: n})
-		m.gate.synchronize(time.Hour, nil)
+		m.gate.synchronize(m.slow)
 		over.Store(n)
 		old.closed.Store(true)
 		for since := time.Now(); reads.Load() == seen || time.Since(since) < 5*time.Millisecond; {
