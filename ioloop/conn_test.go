@@ -121,7 +121,7 @@ func TestCutAnywhere(t *testing.T) {
 
 // One slow block stops nobody: replies overtake each other.
 func TestOutOfOrder(t *testing.T) {
-	r := newRig(t, rigConfig{tmpfs: true, Config: Config{Workers: 5}}) // four for one connection
+	r := newRig(t, rigConfig{tmpfs: true, workers: 5}) // four for one connection
 	slow := newBlocker()
 	r.img.set(func(h *hooked) {
 		h.mapping = func(off, n int64, m backend.Mode) error {
@@ -205,7 +205,7 @@ func TestRandom(t *testing.T) {
 		{"writethrough", "tcp", rigConfig{cache: backend.CacheWritethrough}, 0},
 		{"pipe", "pipe", rigConfig{tmpfs: true}, 3},
 		{"little memory", "unix", rigConfig{tmpfs: true, Config: Config{Memory: 300_000}}, 2},
-		{"no memory", "unix", rigConfig{tmpfs: true, Config: Config{Memory: 1, Workers: 1}}, 2},
+		{"no memory", "unix", rigConfig{tmpfs: true, Config: Config{Memory: 1}, workers: 1}, 2},
 	} {
 		t.Run(cfg.name, func(t *testing.T) {
 			const conns, region = 4, 1 << 20

@@ -14,9 +14,8 @@ import (
 
 // Config of an Engine; zero values mean the defaults given.
 type Config struct {
-	Memory  int64       // bytes for all payloads of the process; 256 MiB
-	Workers int         // most blocking operations at once; 32
-	Log     *zap.Logger // nothing is logged
+	Memory int64       // bytes for all payloads of the process; 256 MiB
+	Log    *zap.Logger // nothing is logged
 	// Ring makes it the io_uring engine, which closes it when it has been shut
 	// down; nil is the portable one.
 	Ring *Uring
@@ -52,9 +51,6 @@ func NewEngine(cfg Config) *Engine {
 	if cfg.Memory == 0 {
 		cfg.Memory = 256 << 20
 	}
-	if cfg.Workers == 0 {
-		cfg.Workers = 32
-	}
 	if cfg.Log == nil {
 		cfg.Log = zap.NewNop()
 	}
@@ -64,7 +60,7 @@ func NewEngine(cfg Config) *Engine {
 		buffers: pool{keep: cfg.Memory / 8},
 		log:     cfg.Log,
 		stall:   stallLimit,
-		sched:   newScheduler(cfg.Workers),
+		sched:   newScheduler(mostWorkers),
 		ring:    cfg.Ring,
 		conns:   make(map[*conn]struct{}),
 	}

@@ -63,7 +63,7 @@ func TestFlushesShareSyncs(t *testing.T) {
 // Flushes that wait for a slow disk take one worker, however many they are:
 // another connection's requests that need one go on.
 func TestFlushesLeaveWorkers(t *testing.T) {
-	r := newRig(t, rigConfig{tmpfs: true, Config: Config{Workers: 3}})
+	r := newRig(t, rigConfig{tmpfs: true, workers: 3})
 	slow := newBlocker()
 	r.img.set(func(h *hooked) { h.flushing = func() error { slow.wait(); return nil } })
 	many, other := r.connect(&testCodec{}), r.connect(&testCodec{})
@@ -139,7 +139,7 @@ func TestDurableWritesFlushTheMapping(t *testing.T) {
 // without a worker, and are answered with what it says.
 func TestDurableWritesShareSyncs(t *testing.T) {
 	for _, result := range []error{nil, unix.ENOSPC} {
-		r := newRig(t, rigConfig{Config: Config{Workers: 3}})
+		r := newRig(t, rigConfig{workers: 3})
 		slow := newBlocker()
 		var first atomic.Bool
 		var syncs atomic.Int64

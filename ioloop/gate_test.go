@@ -298,7 +298,7 @@ func TestParkAsksAgain(t *testing.T) {
 // dropped then.
 func TestParkedTooLate(t *testing.T) {
 	h := hold(state.StepLoad)
-	r := newRig(t, rigConfig{inactive: true, onStep: h.step, Config: Config{Workers: 1}})
+	r := newRig(t, rigConfig{inactive: true, onStep: h.step, workers: 1})
 	slow := newBlocker()
 	r.img.set(func(i *hooked) {
 		i.mapping = func(_, _ int64, m backend.Mode) error { return slow.mode(m) }
@@ -419,7 +419,7 @@ func TestReadsMeetStop(t *testing.T) {
 // there.
 func TestChurn(t *testing.T) {
 	const conns, rounds, flips = 6, 25, 40
-	r := newRig(t, rigConfig{tmpfs: true, size: conns << 20, Config: Config{Memory: 2 << 20, Workers: 3}})
+	r := newRig(t, rigConfig{tmpfs: true, size: conns << 20, Config: Config{Memory: 2 << 20}, workers: 3})
 	var delays atomic.Int64
 	r.img.set(func(h *hooked) {
 		h.preparing = func(_ int64, m backend.Mode) error {

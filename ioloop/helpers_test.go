@@ -366,6 +366,7 @@ type rigConfig struct {
 	onStep   func(state.Step)
 	holdFor  time.Duration
 	stall    time.Duration // stallLimit
+	workers  int           // mostWorkers
 	wanted   func()
 	cache    backend.CacheMode
 	mapped   bool                    // see hooked
@@ -414,6 +415,9 @@ func newRig(t testing.TB, cfg rigConfig) *rig {
 		must(t, err)
 	}
 	r.e = NewEngine(cfg.Config)
+	if cfg.workers > 0 {
+		r.e.sched = newScheduler(cfg.workers)
+	}
 	r.e.sched.stay = time.Millisecond
 	r.e.stall = cmp.Or(cfg.stall, r.e.stall)
 	t.Cleanup(r.teardown)

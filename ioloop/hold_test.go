@@ -185,7 +185,7 @@ func TestHeldDroppedWithConnection(t *testing.T) {
 // A write that came before the image was won and lost again does not run.
 func TestHeldNotRunAfterLoss(t *testing.T) {
 	b := newBlocker()
-	r := newHoldingRig(t, rigConfig{content: contents[:1<<20], Config: Config{Workers: 1}})
+	r := newHoldingRig(t, rigConfig{content: contents[:1<<20], workers: 1})
 	// The only worker hangs in a read, so what is held cannot run at once.
 	r.img.set(func(h *hooked) { h.mapping = func(off, n int64, m backend.Mode) error { return b.mode(m) } })
 	c, other := r.connect(&testCodec{}), r.connect(&testCodec{})

@@ -5,6 +5,9 @@ import (
 	"time"
 )
 
+// mostWorkers is how many operations of all connections may block at once.
+const mostWorkers = 32
+
 // workerIdle is how long a worker without work stays.
 const workerIdle = 2 * time.Second
 
@@ -27,7 +30,7 @@ type scheduler struct {
 }
 
 func newScheduler(workers int) *scheduler {
-	return &scheduler{run: (*task).run, limit: workers, share: max(1, workers-workers/4), stay: workerIdle, wake: make(chan struct{}, workers)}
+	return &scheduler{run: (*task).run, limit: workers, share: workers - workers/4, stay: workerIdle, wake: make(chan struct{}, workers)}
 }
 
 // turn is a connection's place in the scheduler; guarded by scheduler.mu.
