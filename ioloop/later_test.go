@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"testing"
@@ -251,6 +252,11 @@ func TestLaterAllocations(t *testing.T) {
 	for len(k.replies) < laterReads*(repSize+laterSize) {
 		k.requests, k.replies = append(k.requests, k.requests...), append(k.replies, k.replies...)
 	}
+	// At first nothing is taken, so that as much waits as ever may, in buffers too.
+	k.write(k.requests)
+	eventually(t, "all are read, or wait", func() bool { return r.d.Stats().Reads+uint64(inLine(k.client)) == laterReads })
+	_, err := io.ReadFull(k.nc, k.replies)
+	must(t, err)
 	if n := k.allocations(t); n != 0 {
 		t.Errorf("%v allocations for a batch", n)
 	}
