@@ -27,11 +27,12 @@ out it derives from the rules in ` + "`integration/crashrules_test.go`" + `.
 A cell says what A and B are afterwards, and who owns the image next: "inactive,
 killed → A". C is an exporter that is started then. "Not clean" is what the
 owner record says where the last owner did not let go in order, so that the next
-one knows; "no record" that the image is owned without one.
+one knows.
 
 In every cell the test also requires that
 
-- at most one exporter says that it owns the image, at the step and afterwards;
+- at most one exporter says that it owns the image, at the step and afterwards, and
+  the owner record names it;
 - who says so has its locks and can write, and nobody else has a lock or a
   descriptor that can write;
 - every acknowledged write is in the image, no refused one is, and no read was

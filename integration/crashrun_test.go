@@ -443,7 +443,7 @@ func (r *crashRun) judge(want crashEnd) string {
 	case owner == nil && !rec.Clean:
 		note = " (not clean)"
 	case owner != nil && (rec.PID != owner.pid || rec.Clean):
-		note = " (no record)"
+		r.t.Errorf("the owner record is not that of %s: %+v", owner.name, rec)
 	}
 	r.load.check("after the accident")
 	r.checkTables("after the accident")
