@@ -113,7 +113,7 @@ func (o *Owned) removed() error {
 func procPath(fd int) string { return fmt.Sprintf("/proc/%d/fd/%d", os.Getpid(), fd) }
 
 func (o *Owned) replaced() error {
-	return o.fail("activate", fmt.Errorf("the path names another file than the one being served, which was replaced; restart nbd-export to serve the new one: %w", unix.ESTALE))
+	return o.fail("activate", &refusal{"the path names another file than the one being served, which was replaced; restart nbd-export to serve the new one", unix.ESTALE})
 }
 
 func (o *Owned) dropsCache(f *File) bool {

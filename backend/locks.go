@@ -84,8 +84,11 @@ func (e *LockError) Error() string {
 	case e.Programs != "":
 		by += ", " + e.Programs
 	}
-	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; inactivate it there (%s), or stop that program",
-		by, shared, e.Perm, e.Path, order)
+	advice := fmt.Sprintf("inactivate it there (%s), or stop that program", order)
+	if e.Programs != "" && !strings.Contains(e.Programs, "nbd-export") {
+		advice = "stop that program" // which takes no such orders
+	}
+	return fmt.Sprintf("image is %s: Failed to get %s%q lock on %s; %s", by, shared, e.Perm, e.Path, advice)
 }
 
 // Unwrap is EBUSY.

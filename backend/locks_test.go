@@ -161,6 +161,17 @@ func TestLockErrorNamesTheOrder(t *testing.T) {
 			t.Errorf("%q: %v", control, err)
 		}
 	}
+	// QEMU's programs take no orders of ours.
+	for programs, want := range map[string]string{
+		"":                                    "; inactivate it there (nbd-export inactivate --control CTL), or stop that program",
+		"nbd-export (pid 7), qemu-io (pid 8)": "; inactivate it there (nbd-export inactivate --control CTL), or stop that program",
+		"qemu-nbd (pid 7)":                    "lock on /x; stop that program",
+	} {
+		err := newLockError("/x", 201)
+		if err.Programs = programs; !strings.HasSuffix(err.Error(), want) {
+			t.Errorf("%q: %v", programs, err)
+		}
+	}
 }
 
 // Racing owners: never two at once.

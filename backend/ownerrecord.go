@@ -155,7 +155,7 @@ func (e *RecordError) Unwrap() error { return e.Err }
 
 // notARecord is the cause of a RecordError for what never was one.
 func notARecord(format string, args ...any) error {
-	return fmt.Errorf("this is no owner record: %s: %w", fmt.Sprintf(format, args...), unix.EINVAL)
+	return &refusal{"this is no owner record: " + fmt.Sprintf(format, args...), unix.EINVAL}
 }
 
 // parseRecord judges the content of a record.

@@ -186,6 +186,9 @@ func (o *ownerRecord) claim(own uint64, stat *unix.Stat_t, print *filePrint) (ep
 	case before != nil:
 		o.warn("owner record %s is empty, as a loss of power can leave it; epochs go on from %d", p.Path, me.Epoch)
 	}
+	if me.Epoch >= epochMax { // what nobody could read must not be written
+		return 0, false, &RecordError{Path: p.Path, Err: notARecord("no epoch can follow %d", me.Epoch-1)}
+	}
 	durable = last != nil && last.leaves(&me, print)
 	o.stat = *stat
 	if err := o.replace(p.Path, recordTemp, me.bytes()); err != nil {

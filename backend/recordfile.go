@@ -3,6 +3,7 @@ package backend
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"io/fs"
 
 	"golang.org/x/sys/unix"
@@ -204,7 +205,7 @@ func (s scratch) create(h faults) (fd int, err error) {
 	err = retry(try)
 	if err == unix.EEXIST {
 		if err := h.unlink(s.path); err != nil && err != unix.ENOENT {
-			return -1, err
+			return -1, fmt.Errorf("%s is in the way, and cannot be removed: %w", s.path, err)
 		}
 		err = retry(try)
 	}

@@ -214,10 +214,11 @@ func TestRecordGarbage(t *testing.T) {
 		"no clean": put(with("clean", nil)), "no epoch": put(with("epoch", nil)), "epoch 0": put(with("epoch", 0)),
 		"great epoch": put(with("epoch", uint64(1)<<63)), "negative epoch": put(with("epoch", -4)), "clean": put(with("clean", "yes")),
 		"long": put(with("host", strings.Repeat("x", recordMax))), "cut": put(good[:len(good)/2]), "two": put(append(good, good...)),
-		"directory": func(p string) error { return os.Mkdir(p, 0o755) },
-		"fifo":      func(p string) error { return unix.Mkfifo(p, 0o600) },
-		"link":      func(p string) error { return os.Symlink("disk.img", p) },
-		"dead link": func(p string) error { return os.Symlink("none", p) },
+		"last epoch": put(with("epoch", uint64(epochMax-1))),
+		"directory":  func(p string) error { return os.Mkdir(p, 0o755) },
+		"fifo":       func(p string) error { return unix.Mkfifo(p, 0o600) },
+		"link":       func(p string) error { return os.Symlink("disk.img", p) },
+		"dead link":  func(p string) error { return os.Symlink("none", p) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			path := writeFile(t, t.TempDir(), []byte("image"))
@@ -226,7 +227,7 @@ func TestRecordGarbage(t *testing.T) {
 			err := activate(r, false)
 			var re *RecordError
 			if !errors.As(err, &re) || !strings.Contains(err.Error(), path+".owner") || !strings.Contains(err.Error(), "remove it") ||
-				!strings.Contains(err.Error(), "--owner-record off") || !isErrno(err, unix.EINVAL) {
+				!strings.Contains(err.Error(), "--owner-record off") || !isErrno(err, unix.EINVAL) || strings.Contains(err.Error(), "invalid argument") {
 				t.Fatal(err)
 			}
 			if len(procLocks(t, path)) != 0 {
@@ -248,6 +249,18 @@ func TestRecordGarbage(t *testing.T) {
 			t.Errorf("%q", warned)
 		}
 	})
+}
+
+// What stands where a record is made is named, if it cannot be removed.
+func TestRecordInTheWay(t *testing.T) {
+	path := writeFile(t, t.TempDir(), make([]byte, 4096))
+	must(t, os.Mkdir(path+".owner.tmp", 0o700))
+	r := openImage(t, Options{Path: path}, nil)
+	err := activate(r, false)
+	wantErrno(t, err, unix.EISDIR)
+	if !strings.Contains(err.Error(), path+".owner.tmp is in the way, and cannot be removed: is a directory; ") {
+		t.Error(err)
+	}
 }
 
 // Where nothing can be written, ownership goes on without a record, unless one

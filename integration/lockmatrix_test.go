@@ -273,7 +273,7 @@ func (b *lockBench) theyHave(t *testing.T) {
 			wantRefusal(t, who, want, r.code != 0, r.stderr)
 			if want != "" {
 				wantLocks(t, image, a.holds)
-				for _, part := range []string{image, "or stop that program"} {
+				for _, part := range []string{image, "; stop that program"} {
 					if !strings.Contains(r.stderr, part) {
 						t.Errorf("%s: %q does not say %q", who, r.stderr, part)
 					}
