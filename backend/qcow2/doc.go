@@ -17,7 +17,8 @@
 //   - Host clusters that Map and Prepare return keep their bytes and their
 //     meaning until Unmap, Commit or Abort: what is freed meanwhile is neither
 //     punched nor used again before.
-//   - An Image that was not begun (Begin) writes nothing, whatever is called.
+//   - An Image that was not begun (Begin) writes nothing, whatever is called, and
+//     one that was closed says of nothing that it is durable.
 //   - Odd metadata never panics, loops or reaches outside the files. Before
 //     Begin it is staleness: that read gets EIO and nothing more happens.
 //     After Begin it also refuses writes and sets the corrupt bit.
@@ -31,7 +32,8 @@
 //     for the next.
 //  2. Write refcount blocks, then the refcount table where blocks are new
 //     (a sync in between); sync the image and the data file, which makes the
-//     guest's bytes of all commits before (1) durable too.
+//     guest's bytes of all commits before (1) durable too. Have the header name a
+//     refcount table that is in a new place; sync.
 //  3. Write the copies of L2 tables; sync; write L1 entries of new tables;
 //     sync.
 //  4. Now apply the decrements of clusters that no table names any more, and
