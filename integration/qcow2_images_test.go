@@ -14,7 +14,7 @@ type qcow2Kind struct {
 	options string // of qemu-img create; DIR is the image's folder
 	fill    string // how what is there at first came: "", "data", "compressed"
 	backing string // "", "raw", "qcow2", "chain": of other sizes than the image
-	after   string // "snapshot", "bitmap", "dirty"
+	after   string // "snapshot", "snapshot deleted", "bitmap", "dirty", "tail", or "amend" and an option
 }
 
 // qcow2Kinds are one or more for each row of the table of features.
@@ -46,6 +46,11 @@ var qcow2Kinds = []qcow2Kind{
 	{name: "snapshot, compressed", options: "cluster_size=64k", fill: "compressed", after: "snapshot"},
 	{name: "snapshot, subclusters", options: "extended_l2=on,cluster_size=16k", fill: "data", after: "snapshot"},
 	{name: "bitmap", options: "cluster_size=4k", fill: "data", after: "bitmap"},
+	{name: "snapshot deleted", options: "cluster_size=1k", fill: "data", after: "snapshot deleted"},
+	{name: "made version 2", options: "cluster_size=4k", fill: "data", after: "amend compat=0.10"},
+	{name: "refcounts made wider", options: "cluster_size=512", fill: "data", after: "amend refcount_bits=64"},
+	{name: "refcounts made narrower", options: "cluster_size=2k", fill: "data", after: "amend refcount_bits=1"},
+	{name: "end within a cluster", fill: "data", after: "tail"},
 }
 
 // qcow2Tools are the programs of one version of QEMU; "" are those installed.
@@ -113,6 +118,11 @@ func (k qcow2Kind) make(t testing.TB, q qcow2Tools, dir string, seed, size int64
 	switch k.after {
 	case "snapshot":
 		run(t, img, "snapshot", "-c", "then", image)
+	case "snapshot deleted":
+		run(t, img, "snapshot", "-c", "then", image)
+		run(t, q.path("qemu-io"), "-f", "qcow2", "-c", "write -q -P 78 100000 70000", image)
+		copy(disk[100000:], strings.Repeat("\x4e", 70000))
+		run(t, img, "snapshot", "-d", "then", image)
 	case "bitmap":
 		run(t, img, "bitmap", "--add", "-g", "4k", image, "b0")
 	case "dirty":
@@ -124,6 +134,18 @@ func (k qcow2Kind) make(t testing.TB, q qcow2Tools, dir string, seed, size int64
 		if _, err := f.WriteAt([]byte{1}, 79); err != nil {
 			t.Fatal(err)
 		}
+	case "tail": // what a copying program left there is nobody's
+		f, err := os.OpenFile(image, os.O_WRONLY|os.O_APPEND, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.Write(randomBytes(seed, 100001)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if option, ok := strings.CutPrefix(k.after, "amend "); ok {
+		run(t, img, "amend", "-f", "qcow2", "-o", option, image)
 	}
 	return image, disk
 }
