@@ -208,7 +208,7 @@ func checkExport(r *Registry, t *Target, e *blockExport, a args) error {
 		return generic("Block export id '%s' is already in use", e.ID)
 	case t == nil:
 		return generic("Cannot find device='' nor node-name='%s'", e.node)
-	case e.Writable && (t.upper().readOnly || e.node == t.file.name && t.file.readOnly):
+	case e.Writable && t.named(e.node).readOnly:
 		return generic("Cannot export read-only node as writable")
 	case e.node != t.upper().name:
 		return generic("Node '%s' is under format node '%s': export that, nbd-export cannot export both", e.node, t.upper().name)

@@ -149,6 +149,14 @@ func (t *Target) upper() *blockNode {
 	return t.file
 }
 
+// named is that of its nodes which has this name.
+func (t *Target) named(name string) *blockNode {
+	if name == t.file.name {
+		return t.file
+	}
+	return t.upper()
+}
+
 // nodes are its nodes, the upper one first.
 func (t *Target) nodes() []*blockNode {
 	if t.format != nil {

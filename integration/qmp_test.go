@@ -663,6 +663,15 @@ func TestSameAnswers(t *testing.T) {
 		),
 		differs(oneNode, "Node 'bf' has format node 'b' already", `blockdev-add {"driver":"raw","node-name":"b2","file":"bf","read-only":true}`),
 		differs(oneNode, "Node 'bf' is under format node 'b'", `block-export-add {"type":"nbd","id":"bf","node-name":"bf"}`),
+		same(
+			`blockdev-add {"driver":"file","node-name":"cf","filename":"c.img"}`,
+			`blockdev-add {"driver":"raw","node-name":"ro","file":"cf","read-only":true}`,
+		),
+		differs(oneNode, "Node 'cf' is under format node 'ro'", `block-export-add {"type":"nbd","id":"cf","node-name":"cf","name":"cf","writable":true}`),
+		same(
+			`blockdev-del {"node-name":"ro"}`,
+			`blockdev-del {"node-name":"cf"}`,
+		),
 		differs(oneNode, "Parameter 'file' of a raw node must be a file or host_device node, not raw", `blockdev-add {"driver":"raw","node-name":"b3","file":{"driver":"raw","file":{"driver":"file","filename":"b.img","read-only":true}}}`),
 		// Inactive, and a second node of one image.
 		same(
