@@ -9,10 +9,13 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // greetingTimeout is how long a server may take to greet a client: one that
@@ -66,7 +69,7 @@ func Dial(ctx context.Context, ctl string) (*Client, error) {
 		return NewClient(ctx, nc, ctl)
 	}
 	path := strings.TrimPrefix(ctl, "unix:")
-	nc, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	nc, err := DialSocket(ctx, path)
 	if err != nil {
 		reason, advice := err, fmt.Sprintf(`is "nbd-export serve --control %s" running?`, path)
 		if op, ok := errors.AsType[*net.OpError](err); ok {
@@ -81,11 +84,29 @@ func Dial(ctx context.Context, ctl string) (*Client, error) {
 		case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 			advice = "give it more time"
 		case errors.Is(err, syscall.EINVAL):
-			advice = "the path of a socket has at most 107 bytes"
+			advice = "the name of the socket is too long"
 		}
 		return nil, fmt.Errorf("no server answers at %s: %w; %s", path, reason, advice)
 	}
 	return NewClient(ctx, nc, path)
+}
+
+// maxSocketPath is the longest path that the kernel takes a socket by, in bytes.
+const maxSocketPath = 107
+
+// DialSocket connects to the Unix socket at path. That may be longer than the kernel
+// takes it, as in an owner record, whose paths are absolute: then it is reached by
+// way of its directory.
+func DialSocket(ctx context.Context, path string) (net.Conn, error) {
+	if len(path) > maxSocketPath {
+		dir, err := os.OpenFile(filepath.Dir(path), unix.O_PATH|unix.O_DIRECTORY, 0)
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = dir.Close() }()
+		path = fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(path))
+	}
+	return (&net.Dialer{}).DialContext(ctx, "unix", path)
 }
 
 // NewClient makes a client of an open connection, which it closes on failure.

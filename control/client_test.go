@@ -33,7 +33,7 @@ func TestDialFails(t *testing.T) {
 		none:                           "no server answers at " + none + `: no such file or directory; is "nbd-export serve --control ` + none + `" running?`,
 		"unix:" + dead:                 "no server answers at " + dead + ": connection refused; is ",
 		file:                           "no server answers at " + file + ": connection refused; is ",
-		"/" + strings.Repeat("x", 200): "invalid argument; the path of a socket has at most 107 bytes",
+		"/" + strings.Repeat("x", 200): "invalid argument; the name of the socket is too long",
 	} {
 		if _, err := Dial(ctx, path); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: got %v, want %s", path, err, want)
@@ -184,5 +184,47 @@ func TestSocketIsPrivate(t *testing.T) {
 	}
 	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another server is listening there") {
 		t.Errorf("second server: %v", err)
+	}
+}
+
+// A server that was started with a short name of its socket is reached by the whole
+// path, which stands in the owner record.
+func TestDialLongPath(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), strings.Repeat("d", 120))
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	t.Chdir(dir)
+	l, err := net.Listen("unix", "ctl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = l.Close() }()
+	served := make(chan error, 1)
+	go func() {
+		nc, err := l.Accept()
+		if err == nil {
+			_, err = io.WriteString(nc, hello+`{"return":{},"id":1}`)
+			_, _ = io.Copy(io.Discard, nc)
+			_ = nc.Close()
+		}
+		served <- err
+	}()
+	c, err := Dial(t.Context(), filepath.Join(dir, "ctl"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Close()
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	for name, want := range map[string]string{
+		"none":                   "no server answers at " + filepath.Join(dir, "none") + ": no such file or directory; is ",
+		strings.Repeat("n", 110): "the name of the socket is too long",
+		"no/ctl":                 "no such file or directory",
+	} {
+		if _, err := Dial(t.Context(), filepath.Join(dir, name)); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v", name, err)
+		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"github.com/spf13/cobra"
+
+	"github.com/nbd-export/nbd-export/control"
 )
 
 func newControlStdioCommand() *cobra.Command {
@@ -27,14 +29,14 @@ ends when the server ends the connection.`,
 		Args: oneArg("PATH"),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			path := strings.TrimPrefix(args[0], "unix:")
-			nc, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+			nc, err := control.DialSocket(cmd.Context(), path)
 			if err != nil {
 				if sys, ok := errors.AsType[syscall.Errno](err); ok {
 					err = sys
 				}
 				return fmt.Errorf("no server answers at %s: %w", path, err)
 			}
-			return relay(nc, os.Stdin, os.Stdout)
+			return relay(nc.(*net.UnixConn), os.Stdin, os.Stdout)
 		},
 	}
 }
