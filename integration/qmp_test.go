@@ -515,6 +515,9 @@ func TestSameAnswers(t *testing.T) {
 			`query-named-block-nodes`,
 			`blockdev-add {"driver":"raw","node-name":"a","file":"a"}`,
 			`blockdev-add {"driver":"raw","node-name":"ra","file":"a","active":false}`,
+		),
+		differs("what is inactive is not changed", "Permission 'resize' unavailable on inactive node", `block_resize {"node-name":"a","size":1048576}`),
+		same(
 			`query-named-block-nodes {"flat":true}`,
 			`blockdev-del {"node-name":"a"}`,
 			`blockdev-set-active {"node-name":"none","active":false}`,
