@@ -107,7 +107,8 @@ func mark(v verdict) string {
 
 // writeMisses names every miss, with a place for its cause.
 func (rep *report) writeMisses(s *strings.Builder, results []result) {
-	s.WriteString("## Misses\n\n")
+	s.WriteString("## Misses\n\nWhere *limit* is said, that is what a server reaches that answers from a constant buffer and has no file\n" +
+		"([the client](#the-client)), against the same peer in the same run. It copies; what is sent as pages of the file may be above it.\n\n")
 	none := true
 	for _, r := range results {
 		where := r.place().Title(rep.Machine.DiskFS) + ", " + r.Title()
@@ -115,9 +116,14 @@ func (rep *report) writeMisses(s *strings.Builder, results []result) {
 		for _, x := range []struct {
 			name string
 			verdict
-		}{{"operations", r.ops}, {"CPU", r.cpu}} {
+			limit verdict
+		}{{"operations", r.ops, r.limitOps}, {"CPU", r.cpu, r.limitCPU}} {
 			if x.goal > 0 && x.known() && !x.met() {
-				what = append(what, fmt.Sprintf("%s %s of %.3gx against %s", x.name, times(x.Median), x.goal, x.peer))
+				limit := ""
+				if x.limit.known() {
+					limit = fmt.Sprintf(" (limit %s)", times(x.limit.Median))
+				}
+				what = append(what, fmt.Sprintf("%s %s of %.3gx against %s%s", x.name, times(x.Median), x.goal, x.peer, limit))
 			}
 		}
 		if len(what) > 0 {

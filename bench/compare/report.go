@@ -57,8 +57,10 @@ type result struct {
 	servers map[string]*figures
 	ops     verdict // more operations per second
 	cpu     verdict // less processor time per operation
-	failed  []sample
-	share   stat // of the image in the page cache before the loads; Max -1: unknown
+	// The same of the limit server, which has no file. They have no goals.
+	limitOps, limitCPU verdict
+	failed             []sample
+	share              stat // of the image in the page cache before the loads; Max -1: unknown
 }
 
 // figures are one server's in one cell, in microseconds and bytes.
@@ -69,7 +71,7 @@ type figures struct {
 	opsBy, cpuBy map[int]float64
 }
 
-// verdict is one ratio of ours to the better peer.
+// verdict is one ratio of a server to the better peer.
 type verdict struct {
 	peer string // the better one, "" if there is none
 	ratio
@@ -103,8 +105,10 @@ func (rep *report) results() []result {
 		}
 		r.share = newStat(shares)
 		opsGoal, cpuGoal := c.goal(rep.Machine.WmemMax)
-		r.ops = r.judge(opsGoal, func(f *figures) (float64, map[int]float64) { return f.ops.Median, f.opsBy })
-		r.cpu = r.judge(cpuGoal, func(f *figures) (float64, map[int]float64) { return -f.cpu.Median, f.cpuBy })
+		ops := func(f *figures) (float64, map[int]float64) { return f.ops.Median, f.opsBy }
+		cpu := func(f *figures) (float64, map[int]float64) { return -f.cpu.Median, f.cpuBy }
+		r.ops, r.limitOps = r.judge(programOurs, opsGoal, ops), r.judge(programLimit, 0, ops)
+		r.cpu, r.limitCPU = r.judge(programOurs, cpuGoal, cpu), r.judge(programLimit, 0, cpu)
 		all = append(all, r)
 	}
 	return all
@@ -145,21 +149,21 @@ func newFigures(samples []sample) *figures {
 	return f
 }
 
-// judge holds ours against the best peer: figure says how good a server is, and
+// judge holds a server against the best peer: figure says how good a server is, and
 // what it reached in each round.
-func (r *result) judge(goal float64, figure func(*figures) (good float64, by map[int]float64)) verdict {
+func (r *result) judge(name string, goal float64, figure func(*figures) (good float64, by map[int]float64)) verdict {
 	v := verdict{goal: goal}
 	var best float64
-	for _, name := range slices.Sorted(maps.Keys(r.servers)) {
-		if good, _ := figure(r.servers[name]); isPeer(name) && (v.peer == "" || good > best) {
-			v.peer, best = name, good
+	for _, peer := range slices.Sorted(maps.Keys(r.servers)) {
+		if good, _ := figure(r.servers[peer]); isPeer(peer) && (v.peer == "" || good > best) {
+			v.peer, best = peer, good
 		}
 	}
-	ours := r.servers[programOurs]
-	if ours == nil || v.peer == "" {
+	judged := r.servers[name]
+	if judged == nil || v.peer == "" {
 		return v
 	}
-	_, a := figure(ours)
+	_, a := figure(judged)
 	_, b := figure(r.servers[v.peer])
 	v.ratio = newRatio(paired(a, b))
 	return v

@@ -65,13 +65,14 @@ func testReport() *report {
 		add(c, programNbdkit, []float64{122e3, 18e3, 2e3, 1.8e3, 54e3, 33e3}[i], []float64{8.8, 24, 450, 480, 19, 40}[i])
 	}
 	add(rep.Cells[0], programLimit, 593e3, 1.6)
+	add(rep.Cells[1], programLimit, 36e3, 27)
 	cold, warm := 0.0, 0.25
 	for i := range rep.Samples {
 		if rep.Samples[i].Cell == rep.Cells[5].ID() {
 			rep.Samples[i].Resident = &cold
 		}
 	}
-	rep.Samples[len(rep.Samples)-8].Resident = &warm
+	rep.Samples[len(rep.Samples)-15].Resident = &warm
 	rep.Samples = append(rep.Samples, sample{Cell: rep.Cells[6].ID(), Server: programOurs, Err: "connection\nreset"})
 	rep.Checks = []check{
 		{checkCells[0].cell, programLimit, []side{{600e3, 1, 0.6}, {610e3, 1, 0.6}}, []side{{100e3, 9, 0.9}, {101e3, 9, 0.9}}},
@@ -86,6 +87,10 @@ func TestResults(t *testing.T) {
 	r := testReport().results()
 	if v := r[0].ops; v.peer != programNbdkit || v.Median < 4 || !v.met() {
 		t.Errorf("%+v", v)
+	}
+	// The limit server against the same peers, with nothing to reach.
+	if l := r[1].limitOps; l.peer != "qemu-nbd/io_uring" || l.Median < 1.7 || l.Median > 1.9 || l.goal != 0 || r[2].limitOps.known() {
+		t.Errorf("%+v %+v", l, r[2].limitOps)
 	}
 	// The best peer of each figure, not of the program.
 	if r[1].ops.peer != "qemu-nbd/io_uring" || r[1].cpu.peer != programNbdkit {
