@@ -35,7 +35,8 @@ type ownerRecord struct {
 	before []byte       // what stood there before the claim, nil for nothing
 	told   string       // the last warning, so that it is not given each second
 	// written is the record's file as this process put it there, nil if it has
-	// to be read to know that it is still the same.
+	// to be read to know that it is still the same: also where it was written over,
+	// as another owner could do within one tick of the file system's clock.
 	written *filePrint
 	left    bool           // there are files to be removed
 	tidying sync.WaitGroup // who removes them
@@ -115,10 +116,8 @@ func (o *ownerRecord) claimed() *OwnerRecord {
 func (o *ownerRecord) replace(path, temp string, b []byte) error {
 	b = padded(b)
 	written, left, err := replaceRecord(path, b, scratch{path: path + temp, image: &o.stat, exchange: o.near}, o.faults)
-	if err != nil && unwritable(err) {
-		if over, e := overwriteRecord(path, b, o.near, o.faults); e == nil {
-			written, err = over, nil
-		}
+	if err != nil && unwritable(err) && overwriteRecord(path, b, o.faults) == nil {
+		err = nil
 	}
 	o.written = written
 	o.left = o.left || left

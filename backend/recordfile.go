@@ -142,36 +142,32 @@ func padded(b []byte) []byte {
 // which a process that is killed has done or not, and within one sector, which a loss
 // of power leaves as it was or as it is to be. Who reads meanwhile may see both, and
 // no owner does: only who has the locks writes.
-func overwriteRecord(path string, b []byte, near bool, h faults) (written *filePrint, err error) {
+func overwriteRecord(path string, b []byte, h faults) (err error) {
 	fd, err := h.open(opRecordOverwrite, path, unix.O_RDWR|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer func() {
 		// What NFS could not write it says here.
-		if e := unix.Close(fd); err == nil && e != nil && e != unix.EINTR {
-			written, err = nil, e
+		if e := unix.Close(fd); err == nil && e != unix.EINTR {
+			err = e
 		}
 	}()
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return nil, err
+		return err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 || st.Size != recordSector || len(b) != recordSector {
-		return nil, unix.EINVAL
+		return unix.EINVAL
 	}
 	var n int
 	if err = retry(func() error { n, err = unix.Pwrite(fd, b, 0); return err }); err != nil {
-		return nil, err
+		return err
 	}
 	if n < len(b) {
-		return nil, unix.EIO
+		return unix.EIO
 	}
-	if near && unix.Fstat(fd, &st) == nil {
-		print := printOf(&st)
-		written = &print
-	}
-	return written, nil
+	return nil
 }
 
 // rename puts what was made in its place. left tells that what stood there

@@ -353,6 +353,37 @@ func TestRecordOverwritten(t *testing.T) {
 	}
 }
 
+// A record that was written over is read at each look: another owner may do the same
+// within one tick of the file system's clock, and leave inode, size and times as they are.
+func TestRecordOverwrittenIsRead(t *testing.T) {
+	path := writeFile(t, t.TempDir(), make([]byte, 4096))
+	h := new(failing)
+	r := openImage(t, Options{Path: path}, h.hook)
+	look := func(reads int) {
+		t.Helper()
+		before := h.count(opRecordOpen)
+		must(t, r.Check())
+		if got := h.count(opRecordOpen) - before; got != reads {
+			t.Errorf("read %d times, want %d", got, reads)
+		}
+	}
+	must(t, activate(r, false))
+	look(0)
+	must(t, inactivate(r))
+	h.set(opRecordCreate, unix.ENOSPC)
+	must(t, activate(r, false))
+	look(1)
+	if noted, err := r.Note("word"); !noted || err != nil {
+		t.Error(noted, err)
+	}
+	look(1)
+	h.set(opRecordCreate, nil)
+	if noted, err := r.Note("word"); !noted || err != nil {
+		t.Error(noted, err)
+	}
+	look(0)
+}
+
 // Only what is certain to be a record of ours, whole before and after, is written over.
 func TestRecordNotOverwritten(t *testing.T) {
 	long := strings.Repeat("x", recordSector)
