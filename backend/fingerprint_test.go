@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -51,4 +52,42 @@ func TestStamp(t *testing.T) {
 			t.Errorf("not written, but dated %v, was %v", m, at)
 		}
 	})
+}
+
+// So are the files of a qcow2 image that its owner writes: only what is said to be written
+// is dated.
+func TestStampQcow(t *testing.T) {
+	for name, change := range map[string]func(r *Owned) error{
+		"write":   func(r *Owned) error { return write(r, 0, []byte("mine"), false) },
+		"discard": func(r *Owned) error { return r.Discard(0, 64<<10) },
+		"zero":    func(r *Owned) error { return r.Zero(0, 64<<10, 0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			base := writeFile(t, dir, make([]byte, 1<<20))
+			data := filepath.Join(dir, "data")
+			path := makeQcow(t, dir, "-o", "data_file="+data, "-b", base, "-F", "raw", "1M")
+			r := openImage(t, Options{Path: path, Format: "qcow2"}, nil)
+			must(t, activate(r, false))
+			must(t, inactivate(r)) // made whole
+			must(t, activate(r, false))
+			want := map[string]bool{path: true, data: true, base: false}
+			v := r.cur.Load()
+			dirty := func(f *File) bool { return f.dirt.Load() == dirtWritten }
+			must(t, v.files(func(f *File) error {
+				if dirty(f) {
+					t.Errorf("%s is said to be written", f.path)
+				}
+				return nil
+			}))
+			must(t, change(r))
+			must(t, v.files(func(f *File) error {
+				if dirty(f) != want[f.path] {
+					t.Errorf("%s is said to be written: %v", f.path, dirty(f))
+				}
+				return nil
+			}))
+			must(t, inactivate(r))
+		})
+	}
 }

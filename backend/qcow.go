@@ -232,10 +232,25 @@ func (q *qcow) prepareUnseen(p *Plan, off, n int64) error {
 }
 
 // Commit implements content.
-func (q *qcow) Commit(p *Plan) (durable bool) { return q.disk.Commit(plan(p)) }
+func (q *qcow) Commit(p *Plan) (durable bool) {
+	q.dirtied()
+	return q.disk.Commit(plan(p))
+}
 
 // Abort implements content.
-func (q *qcow) Abort(p *Plan) { q.disk.Abort(plan(p)) }
+func (q *qcow) Abort(p *Plan) {
+	q.dirtied()
+	q.disk.Abort(plan(p))
+}
+
+// dirtied is File.dirtied of all that the owner writes.
+func (q *qcow) dirtied() {
+	for _, f := range q.all {
+		if f.writable {
+			f.dirtied()
+		}
+	}
+}
 
 // Discard implements content.
 func (q *qcow) Discard(off, n int64) error {
@@ -245,6 +260,7 @@ func (q *qcow) Discard(off, n int64) error {
 	if err := q.within("discard", off, n); err != nil {
 		return err
 	}
+	defer q.dirtied()
 	return q.disk.Discard(off, n)
 }
 
@@ -257,6 +273,7 @@ func (q *qcow) Zero(off, n int64, flags ZeroFlags) error {
 	if h := q.disk.Header(); flags&FastZero != 0 && (h.Version < 3 || h.Autoclear&qcow2.DataFileRaw != 0) {
 		return q.image.fail("zero", unix.EOPNOTSUPP)
 	}
+	defer q.dirtied()
 	return q.disk.Zero(off, n, flags&NoHole != 0 || q.image.opts.IgnoreDiscard)
 }
 
