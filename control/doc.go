@@ -17,6 +17,6 @@
 // QEMU. Here they are in: commands.go (the table), blockdev.go, nodes.go and
 // target.go (nodes and the images behind them), exports.go, bitmaps.go, nbd.go
 // (the NBD server), objects.go (its TLS credentials), resize.go, events.go,
-// orders.go, identity.go and takeoverrequest.go (what a handover and a takeover
+// ordernames.go, identity.go and takeoverrequest.go (what a handover and a takeover
 // need).
 package control
