@@ -132,31 +132,30 @@ func (c *conn) releaseNext() {
 // specification, NBD_CMD_DISC).
 var errLeaves = &state.HeldError{Why: "its client has disconnected before it was activated"}
 
-// refuseHeld refuses held tasks and lets no more be held.
+// refuseHeld refuses held tasks and lets no more be held. While the image is active
+// they are on their way, one after the other, and so they stay: see park.
 func (c *conn) refuseHeld() {
 	c.mu.Lock()
 	c.mu.leaving = true
-	held := c.takeHeldLocked(len(c.mu.held))
+	var held []*task
+	if !c.mu.releasing {
+		held = c.takeHeldLocked(len(c.mu.held))
+	}
 	c.mu.Unlock()
 	for _, t := range held {
 		t.conclude(errLeaves)
 	}
 }
 
-// endLate ends t, which was held, if its client has left or is leaving; otherwise
-// the answer is false.
+// endLate forgets t, which was held, if its client is gone; otherwise the answer is
+// false.
 func (t *task) endLate() bool {
 	c := t.conn
 	c.mu.Lock()
-	leaving, dead := c.mu.leaving, c.mu.dead
+	dead := c.mu.dead
 	c.mu.Unlock()
-	switch {
-	case leaving:
-		t.conclude(errLeaves)
-	case dead:
+	if dead {
 		t.forget()
-	default:
-		return false
 	}
-	return true
+	return dead
 }

@@ -238,6 +238,56 @@ func TestLostWithoutHolding(t *testing.T) {
 	}
 }
 
+// What was held and has its turn, since the image is active, runs although its client
+// says meanwhile that it leaves: it came before that. If the gate closes again the
+// rest is refused.
+func TestHeldRunsThroughDisconnect(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		b := newBlocker()
+		r := newHoldingRig(t, rigConfig{content: contents[:1<<20]})
+		r.img.set(func(h *hooked) { h.preparing = func(_ int64, m backend.Mode) error { return b.mode(m) } })
+		c := r.connect(&testCodec{})
+		for i := range 4 {
+			c.send(OpWrite, 0, int64(i)*4096, 4096, contents[7:7+4096])
+		}
+		r.awaitHeld(4)
+		r.activate()
+		await(t, b.entered, "the first write")
+		c.send(OpDisconnect, 0, 0, 0, nil)
+		eventually(t, "the client is seen to leave", func() bool {
+			c.conn.mu.Lock()
+			defer c.conn.mu.Unlock()
+			return c.conn.mu.leaving
+		})
+		var gone <-chan struct{} = closed
+		if lost {
+			gone = background(r.inactivate)
+			eventually(t, "the gate is closed", func() bool { return r.m.Status().Step == state.StepDrain })
+		}
+		close(b.leave)
+		for i := range 4 {
+			if lost && i > 0 {
+				if a := c.next(); a.errno != unix.EPERM {
+					t.Fatalf("%+v", a)
+				}
+			} else if a := c.next(); a.errno != 0 {
+				t.Fatalf("%+v", a)
+			}
+		}
+		c.end()
+		await(t, gone, "the inactivation")
+		want := slices.Clone(contents[:1<<20])
+		for i := range 4 {
+			if i == 0 || !lost {
+				copy(want[i*4096:], contents[7:7+4096])
+			}
+		}
+		if !bytes.Equal(r.content(), want) {
+			t.Errorf("lost %v: not what was answered has run", lost)
+		}
+	}
+}
+
 // What was held, and finds the gate closed again, is refused too when its
 // client has said that it leaves.
 func TestHeldAfterDisconnect(t *testing.T) {

@@ -19,6 +19,7 @@ func (t *task) park() bool {
 	switch {
 	case c.mu.leaving && (v == state.Hold || v == state.Wait && t.chained):
 		err = errLeaves
+		c.mu.releasing = c.mu.releasing && !t.chained
 	case v == state.Hold || v == state.Wait && t.chained:
 		err = c.holdLocked(t)
 	case v == state.Wait:
@@ -31,6 +32,9 @@ func (t *task) park() bool {
 	}
 	c.mu.Unlock()
 	switch {
+	case err == errLeaves:
+		c.refuseHeld() // what was to follow t too
+		t.conclude(err)
 	case err != nil:
 		t.conclude(err)
 	case v == state.Hold:
