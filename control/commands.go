@@ -203,7 +203,7 @@ func (s *session) cancel(a args) (any, error) {
 		r.Running = s.server.orders.takeBack(name)
 		// It is void whether its images are still here or not.
 		list = slices.DeleteFunc(list, func(node string) bool { return s.server.cfg.Registry.target(node) == nil })
-		if len(list) == 0 {
+		if len(list) == 0 || !r.Running { // an inactivation of them is somebody else's
 			r.Cancelled = []string{}
 			return r, nil
 		}

@@ -213,8 +213,10 @@ func TestTakeBack(t *testing.T) {
 	}
 	go func() { result <- p.SetActive(ctx, Order{Name: "theirs", Nodes: []string{"image0"}}) }()
 	<-begun
-	if _, err := p.TakeBack(ctx, Order{Name: "ours", Active: true, Nodes: []string{"image0"}}); err != nil {
-		t.Error(err)
+	for _, active := range []bool{true, false} {
+		if running, err := p.TakeBack(ctx, Order{Name: "ours", Active: active, Nodes: []string{"image0"}}); running || err != nil {
+			t.Error(running, err)
+		}
 	}
 	close(goOn)
 	if err := <-result; err != nil {
