@@ -237,3 +237,15 @@ func TestDirectNoSpaceForAMoment(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// With a tail there are bytes in the page cache: a sync that has lost them tells
+// nobody else.
+func TestDirectNoSpaceBesideTail(t *testing.T) {
+	const block = 4096
+	h := new(failing)
+	f := openTest(t, writeFile(t, testfs.Disk(t), make([]byte, block+77)), openHow{write: true, direct: true, faults: h.hook})
+	h.set(opWriteDsync, unix.ENOSPC)
+	if err := f.WriteAt(pattern(block, 1), 0, true); !SyncFailed(err) {
+		t.Error(err)
+	}
+}

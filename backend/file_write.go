@@ -175,8 +175,8 @@ func (f *File) writeFull(fd int, p []byte, off int64, durable bool) error {
 // client hears of and that is all, or in syncing, when the kernel may have
 // dropped dirty bytes of others and will not say so again. It is a failed
 // write if the same write without RWF_DSYNC fails too, and not by EIO. Past the page
-// cache no dirty bytes of others are to be dropped: what there was no room for there,
-// and is now, it makes durable.
+// cache, if there is no tail in it, no dirty bytes of others are to be dropped: what
+// there was no room for there, and is now, it makes durable.
 func (f *File) dsyncFailed(fd int, p []byte, off int64, err error) error {
 	full := f.noteFull(err)
 	if err != unix.EIO {
@@ -184,7 +184,7 @@ func (f *File) dsyncFailed(fd int, p []byte, off int64, err error) error {
 			return f.fail("write", again)
 		}
 	}
-	if full && f.traits.Direct && fd == f.fd {
+	if full && f.traits.Direct && f.tailFd < 0 {
 		return f.writeFull(fd, p, off, true)
 	}
 	return f.syncer.fail(f.path, err)
