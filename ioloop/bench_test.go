@@ -64,7 +64,7 @@ func (k *cheap) allocations(t *testing.T) float64 {
 		must(t, k.batch())
 	}
 	var failed error
-	n := allocations(100, func() {
+	n := testing.AllocsPerRun(100, func() {
 		if err := k.batch(); err != nil {
 			failed = err
 		}

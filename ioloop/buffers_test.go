@@ -87,7 +87,7 @@ func TestPool(t *testing.T) {
 			t.Fatalf("%d bytes idle, counted %d, may keep %d", idle, p.idle, p.keep)
 		}
 	}
-	if n := allocations(100, func() { p.put(p.get(32 << 10)) }); n != 0 {
+	if n := testing.AllocsPerRun(100, func() { p.put(p.get(32 << 10)) }); n != 0 {
 		t.Fatalf("%v allocations", n)
 	}
 }

@@ -71,17 +71,6 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-// allocations is how many a call of fn takes, on average of runs. It is the least of
-// some tries, since the whole process is counted: a path that allocates does so in
-// all of them, and what another test has left behind in few.
-func allocations(runs int, fn func()) float64 {
-	least := testing.AllocsPerRun(runs, fn)
-	for try := 1; try < 5 && least > 0; try++ {
-		least = min(least, testing.AllocsPerRun(runs, fn))
-	}
-	return least
-}
-
 // background runs fn and closes what it returns when fn is done.
 func background(fn func()) <-chan struct{} {
 	done := make(chan struct{})

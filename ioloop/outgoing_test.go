@@ -414,7 +414,7 @@ func TestOutgoingAllocations(t *testing.T) {
 	c := newOut(f)
 	b := make([]byte, 100)
 	tk := c.charged()
-	if n := allocations(1000, func() {
+	if n := testing.AllocsPerRun(1000, func() {
 		c.out.sendOwn(segment{b: b, task: tk})
 		c.out.enqueue(segment{b: b})
 		c.out.enqueue(segment{b: b}, segment{b: b})
