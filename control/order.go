@@ -17,7 +17,8 @@ const (
 	OrderDone OrderOutcome = "done"
 	// OrderAlready: everything was as ordered; nothing was done.
 	OrderAlready OrderOutcome = "already"
-	// OrderRefused: everything is as it was.
+	// OrderRefused: the images are owned as before. What was found out meanwhile
+	// stays: one whose sync failed is failed, and says so.
 	OrderRefused OrderOutcome = "refused"
 	// OrderCancelled is OrderRefused because of an interrupt.
 	OrderCancelled OrderOutcome = "cancelled"
