@@ -57,6 +57,7 @@ type File struct {
 
 	place  []byte // a map of the whole file, or nil; see Place
 	expect int64  // how long that is at least, see expectLength
+	seed   uint32 // of its claims
 
 	ranges ranges
 	syncer syncer

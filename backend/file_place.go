@@ -18,7 +18,8 @@ import (
 // such place. It is for system calls alone: one that finds no page there (the
 // file has become shorter, or no memory is left for a hole) fails with EFAULT,
 // where our own access would end the process (SIGBUS). WriteAfterFault then
-// says what is wrong. It may be used as long as the File is open.
+// says what is wrong. It may be used as long as the File is open, under a claim
+// (TryClaim).
 func (f *File) Place(off, n int64) []byte {
 	// A file that grows as it is used has been mapped as long as it was.
 	if f.place == nil || off < 0 || n <= 0 || off > min(f.limit.Load(), int64(len(f.place)))-n {
@@ -27,8 +28,8 @@ func (f *File) Place(off, n int64) []byte {
 	return f.place[off : off+n : off+n]
 }
 
-// WriteAfterFault is WriteAt for what could not be put in its place. Past the
-// end of a file that has become shorter it gives EIO.
+// WriteAfterFault is WriteAt for what could not be put in its place, when that is
+// not claimed any more. Past the end of a file that has become shorter it gives EIO.
 func (f *File) WriteAfterFault(p []byte, off int64) error {
 	var st unix.Stat_t
 	if f.fstat(&st) == nil && off+int64(len(p)) > st.Size {
@@ -57,7 +58,7 @@ func (f *File) mapPlace() {
 		return
 	}
 	if b, err := unix.Mmap(f.fd, 0, int(length), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err == nil {
-		f.place = b
+		f.place, f.seed = b, claimSeed.Add(claimStride)
 	}
 }
 

@@ -44,6 +44,8 @@ func (f *File) TryWriteAt(p []byte, off int64) (int, error) {
 		}
 		q = p[:n]
 	}
+	c := f.unclaimed(off, int64(len(q)))
+	defer c.changed()
 	for {
 		var n int
 		var errno unix.Errno
@@ -91,6 +93,8 @@ func (f *File) TryWriteVector(pieces [][]byte, off int64) (n int, err error) {
 			return 0, ErrWait
 		}
 	}
+	c := f.unclaimed(off, int64(total))
+	defer c.changed()
 	for {
 		r, _, errno := unix.Syscall6(unix.SYS_PWRITEV, uintptr(f.fd), uintptr(unsafe.Pointer(&iov)), uintptr(len(pieces)), uintptr(off), 0, 0)
 		switch {

@@ -100,6 +100,8 @@ func (f *File) pwrite(fd int, p []byte, off int64) (int, error) {
 		}
 		p = p[:n]
 	}
+	c := f.unclaimed(off, int64(len(p)))
+	defer c.changed()
 	return unix.Pwrite(fd, p, off)
 }
 
@@ -116,6 +118,8 @@ func (f *File) pwriteDsync(fd int, p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
+	c := f.unclaimed(off, int64(len(p)))
+	defer c.changed()
 	iov := unix.Iovec{Base: &p[0], Len: uint64(len(p))}
 	n, _, errno := unix.Syscall6(unix.SYS_PWRITEV2, uintptr(fd), uintptr(unsafe.Pointer(&iov)), 1, uintptr(off), 0, unix.RWF_DSYNC)
 	if errno != 0 {
@@ -150,6 +154,8 @@ func (f *File) fallocate(op sysop, mode uint32, off, n int64) error {
 		if err := f.faults.check(op, off); err != nil {
 			return err
 		}
+		c := f.unclaimed(off, n)
+		defer c.changed()
 		return unix.Fallocate(f.fd, mode, off, n)
 	})
 }

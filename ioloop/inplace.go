@@ -26,7 +26,7 @@ func (c *conn) takePeeked(writes []putOff) {
 	}
 	for i := range writes {
 		w := &writes[i]
-		if w.place == nil {
+		if w.place == nil || !claimPlace(writes[:i], w) {
 			continue
 		}
 		if w.at > at {
@@ -40,6 +40,10 @@ func (c *conn) takePeeked(writes []putOff) {
 	}
 	rest := c.takeAll(g.iov[:n])
 	clear(g.iov[:n])
+	for i := range writes {
+		writes[i].claim.Release()
+		writes[i].claim = backend.Claim{}
+	}
 	c.taken = c.r - rest
 	reached := c.taken
 	c.takeTo(c.r)
@@ -56,6 +60,24 @@ func (c *conn) takePeeked(writes []putOff) {
 		}
 		w.place = nil
 	}
+}
+
+// claimPlace claims the place of w, unless one before it has. What somebody else may
+// be writing is not received in place.
+func claimPlace(before []putOff, w *putOff) (ok bool) {
+	e := &w.plan.Extents[0]
+	want := e.File.Claim(e.Offset, e.Length)
+	if want.Try() {
+		w.claim = want
+		return true
+	}
+	for i := len(before) - 1; i >= 0; i-- {
+		if before[i].plan.Extents[0].File == e.File && before[i].claim.Covers(want) {
+			return true
+		}
+	}
+	w.place = nil
+	return false
 }
 
 // takeAll receives into iov, and returns how many bytes of it are left because
@@ -149,8 +171,16 @@ func (c *conn) receiveInPlace(r *Request) (done bool, lost error) {
 		c.lane.Leave()
 		return false, nil
 	}
+	claim := e.File.Claim(e.Offset, e.Length)
+	if !claim.Try() {
+		img.Abort(p)
+		c.lane.Leave()
+		return false, nil // it is written, which waits for the other
+	}
+	rest := c.takeInto(place)
+	claim.Release()
 	var err error // of the write
-	if rest := c.takeInto(place); rest > 0 {
+	if rest > 0 {
 		err, lost = c.storeRest(e.File, e.Offset+e.Length-int64(rest), rest)
 	}
 	if err == nil && lost == nil {

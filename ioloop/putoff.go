@@ -37,9 +37,10 @@ type puts struct {
 type putOff struct {
 	req     Request
 	plan    backend.Plan
-	payload []byte // in the input
-	at      int    // where in the input
-	place   []byte // to receive it into, or nil
+	payload []byte        // in the input
+	at      int           // where in the input
+	place   []byte        // to receive it into, or nil
+	claim   backend.Claim // to that, while it is received into; nothing if one before covers it
 	stored  bool
 	err     error
 }

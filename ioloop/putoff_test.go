@@ -63,11 +63,7 @@ func (r *rig) drive(link func(testing.TB) (a, b net.Conn)) *driven {
 	c := newConn(r.e, b, &testCodec{}, r.d)
 	d := &driven{client: &client{r: r, t: r.t, nc: a}, c: c}
 	if c.peeker != nil {
-		var p backend.Plan
-		must(r.t, r.raw.PrepareUnseen(&p, 0, r.size))
-		d.spy = &spy{peeker: c.peeker, file: p.Extents[0].File.Place(0, r.size)}
-		r.raw.Abort(&p)
-		c.peeker = d.spy
+		d.spy = r.spyOn(c)
 	}
 	r.t.Cleanup(func() {
 		c.out.fail(net.ErrClosed)
@@ -76,6 +72,16 @@ func (r *rig) drive(link func(testing.TB) (a, b net.Conn)) *driven {
 		a.Close()
 	})
 	return d
+}
+
+// spyOn counts what c receives into the image.
+func (r *rig) spyOn(c *conn) *spy {
+	var p backend.Plan
+	must(r.t, r.raw.PrepareUnseen(&p, 0, r.size))
+	s := &spy{peeker: c.peeker, file: p.Extents[0].File.Place(0, r.size)}
+	r.raw.Abort(&p)
+	c.peeker = s
+	return s
 }
 
 // batch sends writes of n bytes at each of offs at once, carries them out and
