@@ -60,6 +60,7 @@ type File struct {
 	seed   uint32 // of its claims
 
 	ranges ranges
+	slots  slots // of writes
 	syncer syncer
 	// dirt is what may have to be written to the disk. Whoever writes through this
 	// description says so when the write has ended, with dirtied, before it is
@@ -186,6 +187,9 @@ func newFile(fd int, path string, how openHow) (f *File, err error) {
 		f.traits, f.peer = k.traits, k
 	} else if err := f.findTraits(&st, how.direct); err != nil {
 		return f, err
+	}
+	if how.write {
+		f.slots = newSlots(&f.traits)
 	}
 	if how.overwrites {
 		f.smallFolios()

@@ -36,6 +36,8 @@ func (f *File) TryWriteAt(p []byte, off int64) (int, error) {
 	if !f.InlineWrite(off, len(p)) || off+int64(len(p)) > f.limit.Load() {
 		return 0, ErrWait
 	}
+	f.slots.take()
+	defer f.slots.give()
 	q := p
 	if f.faults != nil {
 		n, err := f.faults(opTryWrite, off, len(p))
@@ -87,6 +89,8 @@ func (f *File) TryWriteVector(pieces [][]byte, off int64) (n int, err error) {
 	if off+int64(total) > f.limit.Load() {
 		return 0, ErrWait
 	}
+	f.slots.take()
+	defer f.slots.give()
 	if f.faults != nil {
 		k, err := f.faults(opTryWrite, off, total)
 		if err != nil || k < total {

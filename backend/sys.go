@@ -93,6 +93,8 @@ func (f *File) pread(fd int, p []byte, off int64) (int, error) {
 }
 
 func (f *File) pwrite(fd int, p []byte, off int64) (int, error) {
+	f.slots.take()
+	defer f.slots.give()
 	if f.faults != nil {
 		n, err := f.faults(opWrite, off, len(p))
 		if err != nil {
@@ -106,7 +108,7 @@ func (f *File) pwrite(fd int, p []byte, off int64) (int, error) {
 }
 
 // pwriteDsync is pwritev2 with RWF_DSYNC. (unix.Pwritev2 wants a slice of
-// slices.)
+// slices.) It takes no slot: it syncs, while others may write.
 func (f *File) pwriteDsync(fd int, p []byte, off int64) (int, error) {
 	if f.faults != nil {
 		n, err := f.faults(opWriteDsync, off, len(p))

@@ -268,6 +268,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		}
 	}
 	m := state.NewMachine(img, hooks(observe))
+	spareThreads(img.Info())
 	disk := ioloop.NewDisk(img, m)
 	if pace != nil {
 		disk.SetPace(pace)
