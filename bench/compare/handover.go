@@ -100,6 +100,7 @@ type moves struct {
 	Done     int             `json:"done"`             // handovers that worked
 	Spared   int             `json:"spared,omitempty"` // those of them before which writers stopped
 	Orders   []time.Duration `json:"orders_ns"`        // both, on open control sockets
+	Nothing  []time.Duration `json:"orders_for_nothing_ns,omitempty"`
 	Writes   []time.Duration `json:"write_gaps_ns,omitempty"`
 	Reads    []time.Duration `json:"read_gaps_ns,omitempty"`
 	Calm     []time.Duration `json:"calm_read_gaps_ns,omitempty"` // between handovers
@@ -289,6 +290,13 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 			return err
 		}
 		f.Reads = append(f.Reads, load.ReadGap())
+		if c.Conns == 0 {
+			nothing, err := x.orders(ctx, 1-from, from)
+			if err != nil {
+				return err
+			}
+			f.Nothing = append(f.Nothing, nothing)
+		}
 	}
 	if err := load.Close(); err != nil {
 		return err
@@ -303,8 +311,11 @@ func (x *exporters) move(ctx context.Context, load *bench.Follower, from int) (t
 		defer load.Hold()()
 		x.moves.Spared++
 	}
-	var took time.Duration
-	var err error
+	return x.orders(ctx, from, 1-from)
+}
+
+// orders gives the pair of orders, and returns how long they took.
+func (x *exporters) orders(ctx context.Context, from, to int) (took time.Duration, err error) {
 	done := make(chan struct{})
 	// This goroutine has a thread for itself (init), which another would have to
 	// wake for each answer.
@@ -312,7 +323,7 @@ func (x *exporters) move(ctx context.Context, load *bench.Follower, from int) (t
 		defer close(done)
 		start := time.Now()
 		if err = x.order(ctx, from, false); err == nil {
-			err = x.order(ctx, 1-from, true)
+			err = x.order(ctx, to, true)
 		}
 		took = time.Since(start)
 	}()

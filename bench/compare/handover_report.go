@@ -131,7 +131,9 @@ func (h *handoverReport) markdown() string {
 		"one machine, beside QEMU's two `blockdev-set-active`, in turns on the same image. Milliseconds: median / p90 /\n" +
 		"p99 / most. *Writes* is the time from the last write that the old owner acknowledged to the first that the new\n" +
 		"one did, *reads* the longest time without an answer from either side, and *orders* the pair of orders on open\n" +
-		"control sockets. Ours sync ahead while writes are served, which is part of the orders and not of the gap.\n\n")
+		"control sockets. Ours sync ahead while writes are served, which is part of the orders and not of the gap.\n" +
+		"*Orders for nothing* is the same pair given once more, when there is nothing left to do: the way to two\n" +
+		"processes and back.\n\n")
 	s.WriteString("| | n | nbd-export | n | QEMU | ours / QEMU, median, p99 | goal | |\n|---|--:|--:|--:|--:|--:|--:|---|\n")
 	for _, c := range h.Cells {
 		h.writeCell(&s, c)
@@ -158,6 +160,9 @@ func (h *handoverReport) writeCell(s *strings.Builder, c handoverCell) {
 		goal = 0 // most of it is syncing ahead, while clients write
 	}
 	writeTimes(s, "orders", ours.Orders, theirs.Orders, goal)
+	if len(ours.Nothing) > 0 {
+		writeTimes(s, "orders for nothing", ours.Nothing, theirs.Nothing, 0)
+	}
 	q := newQuantiles(ours.Reads)
 	fmt.Fprintf(s, "| reads | %d | %v | %d | %v | %s | %s ms at most | %s |\n", len(ours.Reads), q, len(theirs.Reads),
 		newQuantiles(theirs.Reads), shares(q, newQuantiles(theirs.Reads)), millis(readGoal), met(len(ours.Reads), q[3] <= readGoal))

@@ -41,6 +41,9 @@ func testHandovers() *handoverReport {
 			if program == programOurs && i == 0 {
 				m.Commands = times(5, d, d)
 			}
+			if i == 0 {
+				m.Nothing = times(9, d/2, d)
+			}
 			h.Moves = append(h.Moves, m)
 		}
 	}
@@ -57,6 +60,7 @@ func TestHandoverReport(t *testing.T) {
 		"| writes | 50 | 1.02 / 1.04 / 10.0 / 10.0 | 50 | 4.02 / 4.04 / 10.0 / 10.0 | 0.25, 1.00 |  |  |",
 		"| reads | 500 | 1.25 / 1.45 / 1.49 / 4.00 | 500 |",
 		"| 5.00 ms at most | met |",
+		"| orders for nothing | 9 | 0.50 / 1.00 / 1.00 / 1.00 | 9 | 2.00 / 4.00 / 4.00 / 4.00 | 0.25, 0.25 |  |  |",
 		"| wall time of `inactivate && activate` | 5 | 1.00 / 1.00 / 1.00 / 1.00 |",
 		"| **tmpfs, 1000 images as one group, idle** |",
 		"| orders | 3 | 500 / 1000 / 1000 / 1000 | 0 | - | - | 1s at most | met |",
