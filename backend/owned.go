@@ -66,6 +66,7 @@ func newOwned(f *File, o Options, h faults) *Owned {
 			CanTrim:        t.trims,
 			CanFastZero:    t.fastZeros,
 			Cached:         !t.Direct && !t.Tmpfs,
+			InMemory:       t.Tmpfs,
 			WriteThrough:   o.Cache == CacheWritethrough,
 		},
 	}

@@ -95,6 +95,7 @@ type daemon struct {
 	log      *zap.Logger
 	registry control.Registry
 	engine   *ioloop.Engine
+	portable bool // it has no io_uring
 	nbd      *control.NBD
 	control  *control.Server
 	later    *control.Later
@@ -121,6 +122,7 @@ func newDaemon(opt daemonOptions, log *zap.Logger) (*daemon, error) {
 		listeners: opt.inherited.nbd, controlListener: opt.inherited.control,
 	}
 	d.fullDisk = control.NewFullDisk(opt.fullDisk, d.tellSupervisor, log)
+	d.portable = ring == nil
 	d.engine = ioloop.NewEngine(ioloop.Config{Memory: opt.memory, Ring: ring, Log: log})
 	d.nbd = &control.NBD{Mover: d.engine, Log: log}
 	d.control = control.NewServer(control.Config{
@@ -268,7 +270,7 @@ func (d *daemon) open(opt imageOptions) (*control.Target, error) {
 		}
 	}
 	m := state.NewMachine(img, hooks(observe))
-	spareThreads(img.Info())
+	spareThreads(img.Info(), d.portable)
 	disk := ioloop.NewDisk(img, m)
 	if pace != nil {
 		disk.SetPace(pace)

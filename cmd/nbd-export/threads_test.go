@@ -2,28 +2,31 @@ package main
 
 import (
 	"runtime"
-	"sync"
 	"testing"
 
 	"github.com/nbd-export/nbd-export/backend"
 )
 
 func TestSpareThreads(t *testing.T) {
-	before := runtime.GOMAXPROCS(0)
-	t.Cleanup(func() { runtime.GOMAXPROCS(before); threadsOnce = sync.Once{} })
+	before, more := runtime.GOMAXPROCS(0), threads.more
+	threads.more = 0
+	t.Cleanup(func() { runtime.GOMAXPROCS(before); threads.more = more })
 	for _, tt := range []struct {
 		name, env string
 		img       backend.Info
+		portable  bool
 		want      int // more than before
 	}{
-		{"in memory, or past the page cache", "", backend.Info{}, 0},
-		{"read-only", "", backend.Info{Cached: true, ReadOnly: true}, 0},
-		{"set by the user", "3", backend.Info{Cached: true}, 0},
-		{"on disk", "", backend.Info{Cached: true}, extraThreads},
-		{"another", "", backend.Info{Cached: true}, extraThreads},
+		{"in memory", "", backend.Info{InMemory: true}, true, 0},
+		{"read-only, by an io_uring", "", backend.Info{ReadOnly: true}, false, 0},
+		{"set by the user", "3", backend.Info{}, true, 0},
+		{"on disk", "", backend.Info{}, false, besideRing},
+		{"another", "", backend.Info{}, false, besideRing},
+		{"without io_uring", "", backend.Info{ReadOnly: true}, true, withoutRing},
+		{"one that needs fewer", "", backend.Info{}, false, withoutRing},
 	} {
 		t.Setenv("GOMAXPROCS", tt.env)
-		spareThreads(tt.img)
+		spareThreads(tt.img, tt.portable)
 		if got := runtime.GOMAXPROCS(0) - before; got != tt.want {
 			t.Errorf("%s: %d more, want %d", tt.name, got, tt.want)
 		}
