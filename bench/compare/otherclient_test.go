@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"os"
@@ -42,7 +43,18 @@ func self(t *testing.T) string {
 
 // TestFairRound has two clients on the limit server, of which one is another process.
 func TestFairRound(t *testing.T) {
-	e := endpoint{binary: self(t), size: 64 << 20, transport: "unix", address: filepath.Join(t.TempDir(), "s")}
+	for _, sc := range fairScenarios {
+		t.Run(sc.id, func(t *testing.T) { testFairRound(t, sc) })
+	}
+}
+
+func testFairRound(t *testing.T, sc fairScenario) {
+	dir := t.TempDir()
+	image := filepath.Join(dir, "image")
+	if err := os.WriteFile(image, make([]byte, 64<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	e := endpoint{binary: self(t), image: image, size: 64 << 20, transport: "unix", address: filepath.Join(dir, "s")}
 	p, err := start(t.Context(), allServers(false)[0], e)
 	if err != nil {
 		t.Fatal(err)
@@ -51,27 +63,56 @@ func TestFairRound(t *testing.T) {
 	r := &runner{cfg: config{cellTime: 50 * time.Millisecond}}
 	var s fairSample
 	// Where this machine is too busy for them to overlap it has to say so.
-	err = r.fairRound(t.Context(), p, &s)
-	late := err != nil && strings.Contains(err.Error(), "and the small ones beside them")
+	err = r.fairRound(t.Context(), sc, p, &s)
+	late := err != nil && strings.Contains(err.Error(), "and the small one beside it")
 	if err != nil && !late {
 		t.Fatal(err)
 	}
 	if !s.Apart || s.Alone == nil || s.Beside == nil || s.Large == nil {
 		t.Fatalf("%+v", s)
 	}
-	if l := s.Large; l.Total.Ops == 0 || l.BlockSize != 1*m || l.Discard || l.URI != "" || l.ServerCPU == nil || !late && l.Elapsed < s.Beside.Elapsed {
+	if l := s.Large; l.Total.Ops == 0 || l.Load != sc.large.RW || l.BlockSize != sc.large.BlockSize || l.Conns != sc.large.Conns ||
+		l.Discard || l.URI != "" || l.ServerCPU == nil || !late && l.Elapsed < s.Beside.Elapsed {
 		t.Errorf("%+v beside %v", l, s.Beside.Elapsed)
+	}
+	if s.Alone.Rate != sc.rate || s.Beside.Rate != sc.rate {
+		t.Errorf("rates %v and %v", s.Alone.Rate, s.Beside.Rate)
 	}
 
 	// Without its server, and with ctx, it ends and says why.
 	p.stop()
-	if err := r.fairRound(t.Context(), p, &s); err == nil {
+	if err := r.fairRound(t.Context(), sc, p, &s); err == nil {
 		t.Error("no server, but a result")
 	}
-	gone := r.load(fairLarge, p, 0)
+	gone := r.load(sc.large, p, 0)
 	gone.PID = 0
 	if _, err := startLoad(t.Context(), self(t), gone); err == nil || !strings.Contains(err.Error(), "another client's load: exit status 1: dial unix") {
 		t.Error(err)
+	}
+}
+
+// TestFairWarm has an image that the server does not bring into the page cache.
+func TestFairWarm(t *testing.T) {
+	dir := t.TempDir()
+	image := filepath.Join(dir, "image")
+	if err := errors.Join(os.WriteFile(image, nil, 0o600), os.Truncate(image, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	if resident(image, 64<<20) < 0 {
+		t.Skip("before Linux 6.5 nobody can tell")
+	}
+	p, err := start(t.Context(), allServers(false)[0], endpoint{
+		binary: self(t), image: image, size: 64 << 20, transport: "unix", address: filepath.Join(dir, "s"),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.stop()
+	r := &runner{cfg: config{cellTime: time.Millisecond}}
+	var s fairSample
+	// Whether the two loads overlap is not this test's business.
+	if err := r.fairRound(t.Context(), fairScenarios[1], p, &s); s.Resident == nil || *s.Resident != 0 {
+		t.Errorf("%v, %+v", err, s)
 	}
 }
 

@@ -102,8 +102,11 @@ func (rep *report) add(old *report) {
 	if len(rep.Checks) == 0 {
 		rep.Checks = old.Checks
 	}
-	if len(rep.Fair) == 0 {
-		rep.Fair = old.Fair
+	fair := rep.Fair
+	for _, s := range old.Fair {
+		if !slices.ContainsFunc(fair, func(now fairSample) bool { return now.Scenario == s.Scenario }) {
+			rep.Fair = append(rep.Fair, s)
+		}
 	}
 	if len(rep.Scale) == 0 {
 		rep.Scale = old.Scale

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -210,6 +211,10 @@ func loadReport(path string) (*report, error) {
 	rep := &report{}
 	if err := json.Unmarshal(b, rep); err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	for i := range rep.Fair {
+		// Of the time when there was one scenario.
+		rep.Fair[i].Scenario = cmp.Or(rep.Fair[i].Scenario, fairTmpfs)
 	}
 	return rep, nil
 }

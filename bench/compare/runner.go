@@ -88,19 +88,13 @@ func (r *runner) run(ctx context.Context) error {
 		}
 	}
 	for _, p := range places(r.cfg.cells) {
-		if p.medium != onTmpfs { // its memory is needed for the page cache
-			if err := r.shm.remove(); err != nil {
-				return err
-			}
-			r.shm = nil
-		}
 		if err := r.place(ctx, p); err != nil {
 			return fmt.Errorf("%s: %w", p.Title(r.report.Machine.DiskFS), err)
 		}
 	}
-	if r.cfg.fair {
-		if err := r.fairness(ctx); err != nil {
-			return fmt.Errorf("fairness: %w", err)
+	for _, sc := range r.cfg.fair {
+		if err := r.fairness(ctx, sc); err != nil {
+			return fmt.Errorf("%s: %w", sc.id, err)
 		}
 	}
 	if r.cfg.qcow2 {
@@ -113,11 +107,18 @@ func (r *runner) run(ctx context.Context) error {
 			return fmt.Errorf("scale: %w", err)
 		}
 	}
+	if err := r.removeShm(); err != nil {
+		return err
+	}
+	return r.handovers(ctx)
+}
+
+func (r *runner) removeShm() error {
 	if err := r.shm.remove(); err != nil {
 		return err
 	}
 	r.shm = nil
-	return r.handovers(ctx)
+	return nil
 }
 
 // place runs all cells of a place, with all its servers up at once.
@@ -209,13 +210,17 @@ func (r *runner) startAll(ctx context.Context, p place, servers []server) (runni
 }
 
 // store is where the images of a medium are. On disk they are twice as large:
-// a cold image is not to be used up within a load.
+// a cold image is not to be used up within a load. Those in memory are gone then:
+// the page cache needs it.
 func (r *runner) store(medium string) (s *store, err error) {
 	if medium == onTmpfs {
 		if r.shm == nil {
 			r.shm, err = newStore(r.cfg.shm, int64(r.cfg.imageSize), len(r.servers))
 		}
 		return r.shm, err
+	}
+	if err := r.removeShm(); err != nil {
+		return nil, err
 	}
 	if r.disk == nil {
 		r.disk, err = newStore(r.cfg.disk, 2*int64(r.cfg.imageSize), len(r.servers))
