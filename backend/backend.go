@@ -139,7 +139,8 @@ type Info struct {
 	Mapped bool
 	// Cached: what is read comes from the page cache, so Cache may be of use.
 	Cached bool
-	// InMemory: the image's own file is on tmpfs, where nothing waits for a device.
+	// InMemory: the image's own file is on tmpfs, where nothing waits for a device;
+	// what it is based on may be elsewhere.
 	InMemory bool
 	// WriteThrough: every write, discard and zeroing is to be durable when it
 	// is acknowledged. The image does not see to that: its caller treats each

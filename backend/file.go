@@ -57,7 +57,6 @@ type File struct {
 
 	place  []byte // a map of the whole file, or nil; see Place
 	expect int64  // how long that is at least, see expectLength
-	seed   uint32 // of its claims
 
 	ranges ranges
 	slots  slots // of writes

@@ -1,9 +1,6 @@
 package backend
 
-import (
-	"sync"
-	"sync/atomic"
-)
+import "sync"
 
 // The kernel keeps writes to one file apart, so that each sector is the work of
 // one of them. What is received into a Place is not written by it: where it met
@@ -20,15 +17,12 @@ import (
 // nothing is waited for under them but the kernel.
 const (
 	claimGrain = 128 << 10 // bytes
-	claimLocks = 4096      // half of a GiB, far more than a request has
+	claimLocks = 4096      // half of a GiB; what is longer, to zero or to trim, takes all
 	// claimStride sets the locks of files apart that are written at the same offsets.
 	claimStride = 2654435769 % claimLocks
 )
 
-var (
-	claims    [claimLocks]sync.RWMutex
-	claimSeed atomic.Uint32 // of the next file
-)
+var claims [claimLocks]sync.RWMutex
 
 // Claim is the right to change a range of a file otherwise than by its methods,
 // once Try has got it. The zero Claim is to nothing.
@@ -37,7 +31,7 @@ type Claim struct{ first, n uint32 } // locks
 // Claim is the claim to [off, off+n), which is not empty and has a Place.
 func (f *File) Claim(off, n int64) Claim {
 	first := off / claimGrain
-	return Claim{f.seed + uint32(first), uint32(min((off+n-1)/claimGrain-first+1, claimLocks))}
+	return Claim{uint32(f.id.ino)*claimStride + uint32(first), uint32(min((off+n-1)/claimGrain-first+1, claimLocks))}
 }
 
 func (c Claim) lock(i uint32) *sync.RWMutex { return &claims[(c.first+i)%claimLocks] }

@@ -22,9 +22,10 @@ type slots chan struct{}
 const mostSlots = 2
 
 // newSlots is for a file with these traits that is open for writing; nil, which bounds
-// nothing, where the kernel does not sleep, or writes as many at once as come.
+// nothing, where nothing sleeps, and where as many writes are at it at once as come:
+// past the page cache, on block devices, and who knows where else.
 func newSlots(t *Traits) slots {
-	if t.Tmpfs || t.Direct || t.BlockDevice {
+	if !t.inlineWrites || t.Tmpfs || t.BlockDevice {
 		return nil
 	}
 	return make(slots, mostSlots)

@@ -23,7 +23,8 @@ func (f *File) InlineWrite(off int64, n int) bool {
 
 // TryWriteAt writes p at off if InlineWrite says so. It returns ErrWait if
 // not all of p was written: p[:n] was, and WriteAt puts the rest there or
-// finds out what is wrong. It returns no other error and allocates nothing.
+// finds out what is wrong. It returns no other error and allocates nothing. It may
+// wait for other writes of the file (slots), or for who has claimed the range.
 //
 // On tmpfs it uses RawSyscall. Elsewhere the kernel may put the writer to
 // sleep (balance_dirty_pages), which would stop garbage collection and with

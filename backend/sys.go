@@ -108,7 +108,8 @@ func (f *File) pwrite(fd int, p []byte, off int64) (int, error) {
 }
 
 // pwriteDsync is pwritev2 with RWF_DSYNC. (unix.Pwritev2 wants a slice of
-// slices.) It takes no slot: it syncs, while others may write.
+// slices.) It takes no slot: it syncs, while others may write. It looks for no claims:
+// where there are some nothing is to be synced.
 func (f *File) pwriteDsync(fd int, p []byte, off int64) (int, error) {
 	if f.faults != nil {
 		n, err := f.faults(opWriteDsync, off, len(p))
@@ -120,8 +121,6 @@ func (f *File) pwriteDsync(fd int, p []byte, off int64) (int, error) {
 	if len(p) == 0 {
 		return 0, nil
 	}
-	c := f.unclaimed(off, int64(len(p)))
-	defer c.changed()
 	iov := unix.Iovec{Base: &p[0], Len: uint64(len(p))}
 	n, _, errno := unix.Syscall6(unix.SYS_PWRITEV2, uintptr(fd), uintptr(unsafe.Pointer(&iov)), 1, uintptr(off), 0, unix.RWF_DSYNC)
 	if errno != 0 {

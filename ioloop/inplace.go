@@ -40,10 +40,6 @@ func (c *conn) takePeeked(writes []putOff) {
 	}
 	rest := c.takeAll(g.iov[:n])
 	clear(g.iov[:n])
-	for i := range writes {
-		writes[i].claim.Release()
-		writes[i].claim = backend.Claim{}
-	}
 	c.taken = c.r - rest
 	reached := c.taken
 	c.takeTo(c.r)
@@ -59,6 +55,10 @@ func (c *conn) takePeeked(writes []putOff) {
 			w.stored = true
 		}
 		w.place = nil
+	}
+	for i := range writes {
+		writes[i].claim.Release()
+		writes[i].claim = backend.Claim{}
 	}
 }
 
@@ -177,12 +177,11 @@ func (c *conn) receiveInPlace(r *Request) (done bool, lost error) {
 		c.lane.Leave()
 		return false, nil // it is written, which waits for the other
 	}
-	rest := c.takeInto(place)
-	claim.Release()
 	var err error // of the write
-	if rest > 0 {
+	if rest := c.takeInto(place); rest > 0 {
 		err, lost = c.storeRest(e.File, e.Offset+e.Length-int64(rest), rest)
 	}
+	claim.Release()
 	if err == nil && lost == nil {
 		img.Commit(p)
 	} else {
@@ -200,8 +199,8 @@ func (c *conn) receiveInPlace(r *Request) (done bool, lost error) {
 func (c *conn) isHere(n int64) bool { return int64(c.peeker.pending()) >= n }
 
 // storeRest writes the last n bytes of a payload, which are in the socket but
-// could not be received into their place at off. lost is why they cannot be
-// received at all.
+// could not be received into their place at off, which is claimed. lost is why they
+// cannot be received at all.
 func (c *conn) storeRest(f *backend.File, off int64, n int) (err, lost error) {
 	for n > 0 {
 		b := c.in.raw[:min(n, inputSize)]

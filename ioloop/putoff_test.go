@@ -21,9 +21,12 @@ import (
 	"github.com/nbd-export/nbd-export/state"
 )
 
-// spy counts what is received straight into the file that it watches.
+// spy counts what is received straight into the file that it watches, and sees that it
+// is claimed then.
 type spy struct {
 	peeker
+	t      testing.TB
+	f      *backend.File
 	file   []byte
 	placed int // bytes
 }
@@ -34,6 +37,12 @@ func (s *spy) take(iov []unix.Iovec) (int, error) {
 	for i := range iov {
 		if b := uintptr(unsafe.Pointer(iov[i].Base)); b >= lo && b < lo+uintptr(len(s.file)) {
 			lengths[i] = int(iov[i].Len)
+			for _, at := range []uintptr{b - lo, b - lo + uintptr(lengths[i]) - 1} {
+				if c := s.f.Claim(int64(at), 1); c.Try() {
+					s.t.Errorf("received at %d, which is not claimed", at)
+					c.Release()
+				}
+			}
 		}
 	}
 	n, err := s.peeker.take(iov)
@@ -78,7 +87,8 @@ func (r *rig) drive(link func(testing.TB) (a, b net.Conn)) *driven {
 func (r *rig) spyOn(c *conn) *spy {
 	var p backend.Plan
 	must(r.t, r.raw.PrepareUnseen(&p, 0, r.size))
-	s := &spy{peeker: c.peeker, file: p.Extents[0].File.Place(0, r.size)}
+	f := p.Extents[0].File
+	s := &spy{peeker: c.peeker, t: r.t, f: f, file: f.Place(0, r.size)}
 	r.raw.Abort(&p)
 	c.peeker = s
 	return s

@@ -46,8 +46,11 @@ func (c *conn) yield() {
 		return
 	}
 	c.busyFrom = now
-	if c.e.crowd() >= runtime.GOMAXPROCS(0) {
+	crowd, places := c.e.crowd(), runtime.GOMAXPROCS(0)
+	if crowd >= places {
 		c.e.yielder.Give()
+	}
+	if crowd >= min(places, runtime.NumCPU()) {
 		c.e.yielder.offerCore(now)
 	}
 }

@@ -16,8 +16,9 @@ import (
 // They are not free: reads at depth 1 of four connections on tmpfs were 11 to 15 % fewer
 // with one or two more. Where everything is in memory there are none.
 const (
-	// besideRing: with an io_uring only writes into the page cache and syncs sleep.
-	// What two are worth is told in backend/file_slots.go.
+	// besideRing: with an io_uring writes into the page cache and syncs sleep, and reads
+	// of clients that have one under way. What two are worth is told in
+	// backend/file_slots.go.
 	besideRing = 2
 	// withoutRing: everything that waits for a device does so in a system call. 4 KiB
 	// O_DIRECT reads at depth 32, virtual disk, two cores, with no more, 2, 4, 6 and 8:
@@ -33,11 +34,12 @@ var threads struct {
 }
 
 // spareThreads is called for each image; portable says that there is no io_uring. Who
-// has set GOMAXPROCS is left alone.
+// has set GOMAXPROCS is left alone. From then on Go does not follow changes of the
+// process's limit of processor time.
 func spareThreads(img backend.Info, portable bool) {
 	more := besideRing
 	switch {
-	case img.InMemory, os.Getenv("GOMAXPROCS") != "", img.ReadOnly && !portable:
+	case img.InMemory, os.Getenv("GOMAXPROCS") != "":
 		return
 	case portable:
 		more = withoutRing

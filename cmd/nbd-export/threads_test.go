@@ -18,7 +18,6 @@ func TestSpareThreads(t *testing.T) {
 		want      int // more than before
 	}{
 		{"in memory", "", backend.Info{InMemory: true}, true, 0},
-		{"read-only, by an io_uring", "", backend.Info{ReadOnly: true}, false, 0},
 		{"set by the user", "3", backend.Info{}, true, 0},
 		{"on disk", "", backend.Info{}, false, besideRing},
 		{"another", "", backend.Info{}, false, besideRing},
