@@ -46,11 +46,11 @@ func (c *conn) yield() {
 		return
 	}
 	c.busyFrom = now
-	crowd, places := c.e.crowd(), runtime.GOMAXPROCS(0)
-	if crowd >= places {
+	// More threads than cores (spareThreads in cmd/nbd-export) stand in each other's way
+	// as well: p99 of reads beside four connections that write to ext4, with 6 and 10
+	// threads 9 to 13 ms, and 4 to 5 if connections give way there too.
+	if c.e.crowd() >= min(runtime.GOMAXPROCS(0), runtime.NumCPU()) {
 		c.e.yielder.Give()
-	}
-	if crowd >= min(places, runtime.NumCPU()) {
 		c.e.yielder.offerCore(now)
 	}
 }
