@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -313,6 +314,36 @@ func TestPagesOfGrowingFile(t *testing.T) {
 			t.Errorf("%d maps of a closed file", maps)
 		}
 	})
+}
+
+// What cachestat is refused for is one file, not all: see File.cached.
+func TestCachestatOfOneFile(t *testing.T) {
+	path := writeFile(t, t.TempDir(), pattern(1<<20, 1))
+	ours := openTest(t, path, openHow{write: true, pages: true})
+	const foreign = "/etc/passwd" // everybody may read it, and only root write it
+	theirs := openTest(t, foreign, openHow{pages: true})
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // which ends with the goroutine, and its identity with it
+		if err := unix.Setfsuid(65534); err != nil {
+			t.Error(err)
+			return
+		}
+		var cs unix.Cachestat_t
+		refused := unix.Cachestat(uint(theirs.fd), &unix.CachestatRange{Len: 1}, &cs, 0) != nil
+		theirs.Pages(0, 1)
+		if got := theirs.pages.uncounted.Load(); got != refused {
+			t.Errorf("%s is refused: %v; and remembered as such: %v", foreign, refused, got)
+		}
+		if ours.Pages(0, 4096) == nil || ours.pages.uncounted.Load() {
+			t.Error("what was written a moment ago is not found in the page cache")
+		}
+	}()
+	<-done
+	if none := unix.Cachestat(uint(ours.fd), &unix.CachestatRange{}, &unix.Cachestat_t{}, 0) == unix.ENOSYS; noCachestat.Load() != none {
+		t.Errorf("cachestat is turned off for all files; the kernel lacks it: %v", none)
+	}
 }
 
 // Pages that may wait in a socket are not those of a cache that activation
