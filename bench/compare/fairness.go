@@ -218,7 +218,7 @@ func (rep *report) writeFairness(s *strings.Builder) {
 }
 
 func (rep *report) writeScenario(s *strings.Builder, sc fairScenario, of []fairSample) {
-	fmt.Fprintf(s, "### %s\n\n%s\n", sc.small.place().Title(rep.Machine.DiskFS), sc.about)
+	fmt.Fprintf(s, "### %s\n\n%s%s\n", sc.small.place().Title(rep.Machine.DiskFS), rep.note(sc.id), sc.about)
 	if slices.ContainsFunc(of, func(f fairSample) bool { return f.Apart }) {
 		s.WriteString("The two clients are two programs.\n")
 	}

@@ -9,17 +9,14 @@ import (
 	"github.com/nbd-export/nbd-export/internal/bytesize"
 )
 
-// enoughRounds is from when on a goal counts as met or missed.
-const enoughRounds = 7
-
 // markdown is the report.
 func (rep *report) markdown(results []result) string {
 	var s strings.Builder
 	s.WriteString("# Benchmarks\n\n")
 	s.WriteString("nbd-export beside qemu-nbd and nbdkit, on one machine, in one run. This page, its plot\n" +
 		"and every verdict are written by `make bench`.\n\n")
-	if rep.Rounds < enoughRounds || rep.Quick {
-		fmt.Fprintf(&s, "> **A trial**: %s. Goals are judged from %d rounds on.\n\n", rounds(rep.Rounds), enoughRounds)
+	if rep.trial() {
+		s.WriteString(trialNote(span(rep.rounds())))
 	}
 	fmt.Fprintf(&s, "![Ratios to the better peer, by cell](%s)\n\n", plotName)
 	rep.writeGoals(&s, results)
@@ -32,13 +29,6 @@ func (rep *report) markdown(results []result) string {
 	rep.writeMachine(&s)
 	rep.writeMethod(&s)
 	return s.String()
-}
-
-func rounds(n int) string {
-	if n == 1 {
-		return "1 round"
-	}
-	return fmt.Sprintf("%d rounds", n)
 }
 
 // byPlace calls f for the results of each place in turn.
@@ -75,7 +65,7 @@ func (rep *report) writeGoals(s *strings.Builder, results []result) {
 			if f := r.servers[programOurs]; f != nil {
 				ours, theirs = count(f.ops.Median), micros(f.cpu.Median)
 			}
-			fmt.Fprintf(s, "| %s | %s | %s | %s | %s | %s | %s |\n", r.Title(), ours, r.ops, mark(r.ops), theirs, r.cpu, mark(r.cpu))
+			fmt.Fprintf(s, "| %s%s | %s | %s | %s | %s | %s | %s |\n", r.Title(), rep.mention(r.ID()), ours, r.ops, mark(r.ops), theirs, r.cpu, mark(r.cpu))
 		}
 	})
 	s.WriteString("\n")
@@ -228,6 +218,7 @@ func (rep *report) writeMachine(s *strings.Builder) {
 		row(program, mc.Versions[program])
 	}
 	s.WriteString("\n")
+	rep.writeParts(s)
 }
 
 func (rep *report) writeMethod(s *strings.Builder) {
@@ -235,7 +226,7 @@ func (rep *report) writeMethod(s *strings.Builder) {
 	fmt.Fprintf(s, "All servers of a medium are up at once, each on an image of its own: %s of random bytes, on disk\n"+
 		"twice that, of which cold loads use all. %s, %v per load; within a round each cell is run on\n"+
 		"one server after the other, and who begins changes from round to round. Servers, as started:\n\n",
-		bytesize.Format(rep.Image), rounds(rep.Rounds), rep.CellTime)
+		bytesize.Format(rep.Image), span(rep.rounds()), rep.CellTime)
 	block := func(lines ...string) { s.WriteString("```sh\n" + strings.Join(lines, "\n") + "\n```\n\n") }
 	block(rep.Commands...)
 	s.WriteString("A load is what the first of these does; the client was checked with the others:\n\n")

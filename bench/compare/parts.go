@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -18,7 +19,9 @@ type part struct {
 	When   time.Time `json:"when"`
 	Ours   string    `json:"ours"` // our program's version
 	Rounds int       `json:"rounds"`
-	Cells  []string  `json:"cells"` // ids
+	// What was measured: ids of cells and of scenarios of fairness, scaleID, qcowID.
+	// In older files there are only those of cells.
+	What []string `json:"cells"`
 }
 
 // onto adds to rep what the file at path has of cells that rep has not, and
@@ -48,12 +51,27 @@ func (rep *report) loads() bool {
 	return len(rep.Cells)+len(rep.Fair)+len(rep.Scale)+len(rep.Qcow2) > 0
 }
 
-func (rep *report) part() part {
-	p := part{When: rep.When, Ours: rep.Machine.Versions[programOurs], Rounds: rep.Rounds}
+// what says what was measured, but for handovers, as part.What does.
+func (rep *report) what() (ids []string) {
 	for _, c := range rep.Cells {
-		p.Cells = append(p.Cells, c.ID())
+		ids = append(ids, c.ID())
 	}
-	return p
+	for _, sc := range fairScenarios {
+		if slices.ContainsFunc(rep.Fair, func(f fairSample) bool { return f.Scenario == sc.id }) {
+			ids = append(ids, sc.id)
+		}
+	}
+	if len(rep.Scale) > 0 {
+		ids = append(ids, scaleID)
+	}
+	if len(rep.Qcow2) > 0 {
+		ids = append(ids, qcowID)
+	}
+	return ids
+}
+
+func (rep *report) part() part {
+	return part{When: rep.When, Ours: rep.Machine.Versions[programOurs], Rounds: rep.Rounds, What: rep.what()}
 }
 
 // differs names what keeps figures of two runs from being compared, "" if
@@ -87,7 +105,7 @@ func differ(a, b string) bool { return a != "" && b != "" && a != b }
 
 // add takes over what old has of cells that were not measured now.
 func (rep *report) add(old *report) {
-	measured := rep.part().Cells
+	measured := rep.what()
 	now := func(id string) bool { return slices.Contains(measured, id) }
 	ids := slices.Clone(measured)
 	for _, c := range old.Cells {
@@ -127,11 +145,14 @@ func (rep *report) add(old *report) {
 			rep.Machine.Versions[program] = version
 		}
 	}
-	for _, p := range old.Parts {
-		p.Cells = slices.DeleteFunc(slices.Clone(p.Cells), now)
-		if len(p.Cells) > 0 {
+	parts := old.Parts
+	if len(parts) == 0 && old.loads() { // measured at once
+		parts = []part{old.part()}
+	}
+	for _, p := range parts {
+		p.What = slices.DeleteFunc(slices.Clone(p.What), now)
+		if len(p.What) > 0 {
 			rep.Parts = append(rep.Parts, p)
-			rep.Rounds = min(rep.Rounds, p.Rounds)
 		}
 	}
 	slices.SortFunc(rep.Parts, func(a, b part) int { return a.When.Compare(b.When) })
@@ -153,16 +174,70 @@ func union(a, b []string) []string {
 	return all
 }
 
+// writeParts says what was measured when, if that was not at once.
+func (rep *report) writeParts(s *strings.Builder) {
+	if len(rep.Parts) < 2 {
+		return
+	}
+	s.WriteString("Of what was measured more than once the last counts:\n\n| measured | what | rounds | nbd-export |\n|---|---|---|---|\n")
+	rest := rep.what()
+	for _, p := range rep.Parts {
+		rest = slices.DeleteFunc(rest, func(id string) bool { return slices.Contains(p.What, id) })
+		n := fmt.Sprint(p.Rounds)
+		if p.Rounds < enoughRounds {
+			n += ", **a trial**"
+		}
+		fmt.Fprintf(s, "| %s | %s | %s | %s |\n", p.When.UTC().Format(whenForm), cmp.Or(rep.inWords(p.What), "not recorded"), n, p.Ours)
+	}
+	if len(rest) > 0 { // in older files
+		fmt.Fprintf(s, "| not recorded | %s | | |\n", rep.inWords(rest))
+	}
+	s.WriteString("\n")
+}
+
+// inWords names what was measured, by the headings of the page.
+func (rep *report) inWords(ids []string) string {
+	var words []string
+	for _, p := range places(rep.Cells) {
+		n, all := 0, 0
+		for _, c := range rep.Cells {
+			if c.place() == p {
+				if all++; slices.Contains(ids, c.ID()) {
+					n++
+				}
+			}
+		}
+		switch title := p.Title(rep.Machine.DiskFS); {
+		case n == all:
+			words = append(words, title)
+		case n > 0:
+			words = append(words, fmt.Sprintf("%s (%d of %d cells)", title, n, all))
+		}
+	}
+	for _, sc := range fairScenarios {
+		if slices.Contains(ids, sc.id) {
+			words = append(words, "fairness: "+sc.small.place().Title(rep.Machine.DiskFS))
+		}
+	}
+	for _, id := range []string{qcowID, scaleID} {
+		if slices.Contains(ids, id) {
+			words = append(words, map[string]string{qcowID: "qcow2", scaleID: "scale"}[id])
+		}
+	}
+	return strings.Join(words, "; ")
+}
+
+const whenForm = "2006-01-02 15:04 UTC"
+
 // measured says when, and ours with which versions of our program.
 func (rep *report) measured() (when, ours string) {
-	const form = "2006-01-02 15:04 UTC"
 	if len(rep.Parts) == 0 {
-		return rep.When.UTC().Format(form), rep.Machine.Versions[programOurs]
+		return rep.When.UTC().Format(whenForm), rep.Machine.Versions[programOurs]
 	}
 	first, last := rep.Parts[0], rep.Parts[len(rep.Parts)-1]
-	when = first.When.UTC().Format(form)
+	when = first.When.UTC().Format(whenForm)
 	if len(rep.Parts) > 1 {
-		when += fmt.Sprintf(" to %s, in %d parts", last.When.UTC().Format(form), len(rep.Parts))
+		when += fmt.Sprintf(" to %s, in %d parts", last.When.UTC().Format(whenForm), len(rep.Parts))
 	}
 	var versions []string
 	for _, p := range rep.Parts {

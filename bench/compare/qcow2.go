@@ -256,7 +256,7 @@ func (rep *report) writeQcow2(s *strings.Builder) {
 	if len(rep.Qcow2) == 0 {
 		return
 	}
-	s.WriteString("## qcow2\n\nUnix socket, clusters of 64 KiB. What is there already is read and overwritten beside our own raw image of\n" +
+	s.WriteString("## qcow2\n\n" + rep.note(qcowID) + "Unix socket, clusters of 64 KiB. What is there already is read and overwritten beside our own raw image of\n" +
 		"the same bytes; *empty* is an image of 8 GiB that is written for the first time, and an *overlay* has a raw file behind\n" +
 		"it from which the rest of each cluster is copied: random writes to a quarter of the clusters at most, held\n" +
 		"against the better of qemu-nbd's modes. Operations per second, and in brackets the server's CPU in microseconds for each.\n\n" +

@@ -73,7 +73,7 @@ func testReport() *report {
 		}
 	}
 	rep.Samples[len(rep.Samples)-15].Resident = &warm
-	rep.Samples = append(rep.Samples, sample{Cell: rep.Cells[6].ID(), Server: programOurs, Err: "connection\nreset"})
+	rep.Samples = append(rep.Samples, sample{Cell: rep.Cells[6].ID(), Server: programOurs, Round: rep.Rounds - 1, Err: "connection\nreset"})
 	rep.Checks = []check{
 		{checkCells[0].cell, programLimit, []side{{600e3, 1, 0.6}, {610e3, 1, 0.6}}, []side{{100e3, 9, 0.9}, {101e3, 9, 0.9}}},
 		{checkCells[1].cell, delayed.name, []side{{4000, 9, 0.04}, {4100, 9, 0.04}}, []side{{3900, 19, 0.07}, {4100, 19, 0.07}}},

@@ -228,7 +228,7 @@ func (rep *report) writeScale(s *strings.Builder) {
 	if len(rep.Scale) == 0 {
 		return
 	}
-	s.WriteString("## Scale\n\nnbd-export alone, on tmpfs, Unix socket. Memory is what is not a mapped file's.\n\n" +
+	s.WriteString("## Scale\n\n" + rep.note(scaleID) + "nbd-export alone, on tmpfs, Unix socket. Memory is what is not a mapped file's.\n\n" +
 		"| | measured | goal | |\n|---|--:|--:|---|\n")
 	for _, row := range rep.Scale {
 		most, verdict := "at most", "met"
