@@ -331,8 +331,9 @@ func (c *Client) Cancel(ctx context.Context, nodes ...string) ([]string, error) 
 	return cancelled, err
 }
 
-// takeBack is Cancel that also takes back the order with this name: unless it
-// is running it will never begin. With an order, no nodes are none.
+// takeBack is Cancel, or if order is not "" it takes back the order with this name:
+// unless it is running it will never begin. If nodes are named too, an inactivation
+// that runs for no other order ends; cancelled does not tell.
 func (c *Client) takeBack(ctx context.Context, order string, nodes []string) (cancelled []string, running bool, err error) {
 	a := struct {
 		Nodes []string `json:"x-node-names,omitempty"`

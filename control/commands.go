@@ -160,18 +160,18 @@ func (s *session) setActive(a args) (any, error) {
 	}
 	s.server.cfg.Log.Debug("a control client orders ownership",
 		zap.Bool("active", active), zap.Strings("nodes", list), zap.Bool("abandon", abandon))
-	name := arg[string](a, "x-order")
-	if err := s.server.orders.begin(name); err != nil {
+	o, err := s.server.orders.begin(arg[string](a, "x-order"))
+	if err != nil {
 		return nil, err
 	}
-	defer s.server.orders.end(name)
+	defer s.server.orders.end(o)
 	// An order is carried out to its end even if the client leaves: an end in
 	// the middle would be a surprise to whoever asks next.
-	ctx, r := context.Background(), s.server.cfg.Registry
+	r := s.server.cfg.Registry
 	if active {
-		return nil, r.Activate(ctx, state.ActivateOptions{IfUnchanged: unchanged}, list...)
+		return nil, r.Activate(context.Background(), state.ActivateOptions{IfUnchanged: unchanged}, list...)
 	}
-	err := r.Inactivate(ctx, InactivateOptions{Abandon: abandon}, list...)
+	err = r.Inactivate(o.ctx, InactivateOptions{Abandon: abandon}, list...)
 	if err == nil {
 		return nil, nil
 	}
@@ -199,14 +199,10 @@ func (s *session) cancel(a args) (any, error) {
 	}
 	list, name := nodes(a), arg[string](a, "order")
 	if name != "" {
-		// First, so that it does not begin when there is nothing to cancel yet.
-		r.Running = s.server.orders.takeBack(name)
-		// It is void whether its images are still here or not.
-		list = slices.DeleteFunc(list, func(node string) bool { return s.server.cfg.Registry.target(node) == nil })
-		if len(list) == 0 || !r.Running { // an inactivation of them is somebody else's
-			r.Cancelled = []string{}
-			return r, nil
-		}
+		// It is void whether its images are still here or not. What they do may be
+		// for somebody else as well: whether it ends is not known here.
+		r.Running, r.Cancelled = s.server.orders.takeBack(name, len(list) > 0), []string{}
+		return r, nil
 	}
 	var err error
 	r.Cancelled, err = s.server.cfg.Registry.Cancel(list...)

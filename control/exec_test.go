@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/nbd-export/nbd-export/state"
@@ -128,24 +129,39 @@ func TestExecEnds(t *testing.T) {
 
 func TestOrders(t *testing.T) {
 	var o orders
-	if err := o.begin("a"); err != nil || !o.takeBack("a") {
-		t.Error("one that is under way is not running", err)
+	begin := func(name string) *namedOrder {
+		n, err := o.begin(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return n
 	}
-	o.end("a")
-	if o.takeBack("a") {
-		t.Error("it has ended")
+	a := begin("a")
+	if !o.takeBack("a", false) || a.ctx.Err() != nil {
+		t.Error("one that is under way is not running, or is given up")
 	}
-	if o.takeBack("b") || o.begin("b") == nil {
+	// A client may give two the same name.
+	b, again := begin("b"), begin("b")
+	o.end(b)
+	if again.ctx.Err() != nil || !o.takeBack("b", true) || again.ctx.Err() == nil || a.ctx.Err() != nil {
+		t.Error("another is given up, or none")
+	}
+	o.end(again)
+	o.end(a)
+	if o.takeBack("a", true) || o.takeBack("b", true) {
+		t.Error("they have ended")
+	}
+	if o.takeBack("c", true) {
+		t.Error("it has not begun")
+	}
+	if _, err := o.begin("c"); err == nil {
 		t.Error("one that was taken back begins")
 	}
 	for range 3 {
-		if err := o.begin(""); err != nil {
-			t.Error(err)
-		}
-		o.end("")
+		o.end(begin(""))
 	}
 	for i := range 2 * mostVoid {
-		o.takeBack(string(rune('A' + i)))
+		o.takeBack(string(rune('A'+i)), true)
 	}
 	if len(o.void) != mostVoid {
 		t.Errorf("%d are remembered", len(o.void))
@@ -270,5 +286,75 @@ func TestGone(t *testing.T) {
 	<-ended
 	if !near.Gone() || far.Gone() {
 		t.Errorf("after its death: %v, through a command %v", near.Gone(), far.Gone())
+	}
+}
+
+// An order that is taken back ends an inactivation only if no other order wants it,
+// whichever of them began it.
+func TestTakeBackShared(t *testing.T) {
+	const (
+		why       = "Failed to inactivate node: "
+		by        = "it was taken back by who gave it (x-cancel)"
+		gaveUp    = why + "cannot inactivate: gave up waiting for the transition under way: " + by
+		cancelled = why + "inactivation cancelled, everything stays active: " + by
+	)
+	for _, c := range []struct {
+		back  []string
+		at    state.State // then
+		first string      // errors
+		next  string
+	}{
+		{[]string{"next"}, state.Inactivating, "", gaveUp},
+		{[]string{"first"}, state.Inactivating, "", ""},
+		{[]string{"first", "next"}, state.Active, cancelled, gaveUp},
+		{[]string{"next", "first"}, state.Active, cancelled, gaveUp},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newBed(t, 1)
+			b.activate(t)
+			goOn := make(chan struct{})
+			b.images[0].syncAhead = func(ctx context.Context) error {
+				select {
+				case <-goOn:
+				case <-ctx.Done():
+				}
+				return ctx.Err()
+			}
+			s := &session{server: NewServer(Config{Registry: b.Registry})}
+			nodes := []string{"image0"}
+			give := func(name string) (result chan error) {
+				result = make(chan error, 1)
+				go func() {
+					_, err := s.setActive(args{"active": false, "x-node-names": nodes, "x-order": name})
+					result <- err
+				}()
+				synctest.Wait()
+				return result
+			}
+			first, next := give("first"), give("next")
+			for _, name := range c.back {
+				b.want(t, state.Inactivating)
+				if _, err := s.cancel(args{"order": name, "x-node-names": nodes}); err != nil {
+					t.Error(err)
+				}
+				synctest.Wait()
+			}
+			b.want(t, c.at)
+			if c.next != "" { // it is told at once
+				if err := <-next; errorText(err) != c.next {
+					t.Errorf("%v: next: %v", c.back, err)
+				}
+				next <- errors.New(c.next)
+			}
+			close(goOn)
+			for result, want := range map[chan error]string{first: c.first, next: c.next} {
+				if err := <-result; errorText(err) != want {
+					t.Errorf("%v: %v, want %s", c.back, err, want)
+				}
+			}
+			if c.at == state.Inactivating {
+				b.want(t, state.Inactive)
+			}
+		})
 	}
 }

@@ -25,8 +25,9 @@ type Side interface {
 	// SetActive carries an order out, and returns when that is done or failed.
 	SetActive(ctx context.Context, o Order) error
 	// TakeBack sees to it that the order will not begin any more if it is
-	// still on its way, and cancels an inactivation as long as writes are
-	// served. It reports whether the order is under way.
+	// still on its way, and ends an inactivation as long as writes are
+	// served, unless others have ordered it too. It reports whether the order is
+	// under way.
 	TakeBack(ctx context.Context, o Order) (running bool, err error)
 	// Gone reports whether it is certain that no process of the side is left.
 	Gone() bool

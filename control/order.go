@@ -64,8 +64,8 @@ var errNotDone = errors.New("QEMU's storage daemon cannot do that")
 
 // Give has one server carry out o, and says what came of it. o.Nodes may be empty,
 // for all images, and needs no name. An order that is not answered in time is taken
-// back as one of Handover is: an inactivation that still serves writes is ended, and
-// what has not begun never will. ctx ends it at once, wherever it is.
+// back as one of Handover is: an inactivation that still serves writes is ended, unless
+// others have ordered it too, and what has not begun never will. ctx ends it at once, wherever it is.
 func Give(ctx context.Context, s Side, o Order, opt OrderOptions) OrderReport {
 	o.Name = rand.Text()
 	g := &giving{ctx: ctx, side: s, order: o, opt: opt, about: o.Nodes}

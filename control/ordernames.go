@@ -1,6 +1,8 @@
 package control
 
 import (
+	"context"
+	"errors"
 	"slices"
 	"sync"
 )
@@ -18,37 +20,48 @@ const (
 // then that it is under way, has ended, or will never be carried out. The zero
 // value is ready.
 type orders struct {
-	mu      sync.Mutex // a leaf
-	running []string
+	mu      sync.Mutex // a leaf, but for the locks of contexts
+	running []*namedOrder
 	void    []string // the oldest first
 }
 
-// begin is called before an order is carried out, end after it. It refuses one
-// that was taken back. "" is an order without a name.
-func (o *orders) begin(name string) error {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if name == "" {
-		return nil
-	}
-	if slices.Contains(o.void, name) {
-		return generic("The order was taken back by who gave it (x-cancel)")
-	}
-	o.running = append(o.running, name)
-	return nil
+// namedOrder is an order under way. ctx ends when it is to be given up.
+type namedOrder struct {
+	name   string
+	ctx    context.Context
+	giveUp context.CancelCauseFunc
 }
 
-func (o *orders) end(name string) {
+// errTakenBack is why an order is given up.
+var errTakenBack = errors.New("it was taken back by who gave it (x-cancel)")
+
+// begin is called before an order is carried out, end after it. It refuses one
+// that was taken back. "" is an order without a name.
+func (o *orders) begin(name string) (*namedOrder, error) {
+	n := &namedOrder{name, context.Background(), func(error) {}}
+	if name == "" {
+		return n, nil
+	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	if i := slices.Index(o.running, name); i >= 0 {
-		o.running = slices.Delete(o.running, i, i+1)
+	if slices.Contains(o.void, name) {
+		return nil, generic("The order was taken back by who gave it (x-cancel)")
 	}
+	n.ctx, n.giveUp = context.WithCancelCause(n.ctx)
+	o.running = append(o.running, n)
+	return n, nil
+}
+
+func (o *orders) end(n *namedOrder) {
+	n.giveUp(nil)
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.running = slices.DeleteFunc(o.running, func(r *namedOrder) bool { return r == n })
 }
 
 // takeBack sees to it that the order begins no more, and reports whether it
-// is under way.
-func (o *orders) takeBack(name string) (running bool) {
+// is under way. Then, with giveUp, its context ends.
+func (o *orders) takeBack(name string, giveUp bool) (running bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if !slices.Contains(o.void, name) {
@@ -57,5 +70,13 @@ func (o *orders) takeBack(name string) (running bool) {
 		}
 		o.void = append(o.void, name)
 	}
-	return slices.Contains(o.running, name)
+	for _, n := range o.running {
+		if n.name == name {
+			running = true
+			if giveUp {
+				n.giveUp(errTakenBack)
+			}
+		}
+	}
+	return running
 }

@@ -15,8 +15,9 @@ type ActivateOptions struct {
 // Activate makes this process the owner of all images of ms, or of none.
 // Active images stay as they are; an activation under way is joined. It
 // returns an *OrderError where a state forbids it, and otherwise what Acquire,
-// Load or Claim said; then every image is inactive as before and holds nothing. ctx
-// cancels until the last lock is taken.
+// Load or Claim said; then every image is inactive as before and holds nothing. When
+// ctx ends the order is given up, which cancels the activation, as Inactivate says,
+// until the last lock is about to be taken.
 //
 // Pipeline, for the whole group step by step: lock all (in key order) -> load
 // all -> claim all -> publish all (from here on active) -> retire the old views.
@@ -27,8 +28,8 @@ func Activate(ctx context.Context, opt ActivateOptions, ms ...*Machine) error {
 	}
 	acquired := 0
 	bad, err := op.each(func(m *Machine) error {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
+		if !op.wanted(m == op.machines[len(op.machines)-1]) {
+			return context.Cause(op.ctx)
 		}
 		if err := m.img.Acquire(); err != nil {
 			return err

@@ -22,7 +22,7 @@ func (op *operation) syncAhead() (bad *Machine, err error) {
 	for again := true; again; {
 		again = false
 		bad, err = op.each(func(m *Machine) error {
-			if op.ctx.Err() != nil {
+			if !op.wanted(false) {
 				return op.ctx.Err()
 			}
 			if m.opt.Pacer == nil {

@@ -8,9 +8,11 @@ import (
 // Inactivate hands back all images of ms, or none: afterwards this process
 // can write none of them, everything acknowledged is durable and the locks
 // are free. Inactive images stay as they are; an inactivation under way is
-// joined. ctx cancels until the gate closes.
+// joined. When ctx ends the order is given up. Until the gate closes an inactivation
+// that no order wants any more is cancelled; one that others have joined goes on,
+// and who began it waits for its end. Who joined waits no longer.
 //
-// If a write fails, or ctx is cancelled, the group stays active. If a sync
+// If a write fails, or it is cancelled, the group stays active. If a sync
 // fails, that image becomes FailedIO (the kernel reports lost writes only
 // once), if it turns out that another process took it, FailedFenced; the
 // others stay active.
@@ -78,7 +80,7 @@ func (op *operation) advance(s Step) (bad *Machine, err error) {
 			break
 		}
 	}
-	if err == nil && s == StepCloseGate {
+	if err == nil && s == StepCloseGate && !op.wanted(true) {
 		err = context.Cause(op.ctx)
 	}
 	if err == nil {

@@ -152,8 +152,8 @@ func (m *Machine) Status() Status {
 	}
 }
 
-// Cancel ends an inactivation that has not closed the gate yet; the image
-// stays active. It reports whether there was one to cancel.
+// Cancel ends an inactivation that has not closed the gate yet, whoever has ordered
+// it; the image stays active. It reports whether there was one to cancel.
 func (m *Machine) Cancel() bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()

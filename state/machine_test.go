@@ -504,6 +504,160 @@ func TestCancel(t *testing.T) {
 	noError(t, Activate(ctx, ActivateOptions{}, r.ms...))
 }
 
+// TestGiveUp: an operation goes on as long as one order wants it. Who joined and
+// gives up waits no longer; who began it waits for its end.
+func TestGiveUp(t *testing.T) {
+	const gaveUp = "cannot inactivate: gave up waiting for the transition under way: "
+	const cancelled = "inactivation cancelled, everything stays active: "
+	type order struct {
+		err    <-chan error
+		giveUp func(why string)
+	}
+	give := func(t *testing.T, r *rig, which ...int) order {
+		ctx, cancel := context.WithCancelCause(t.Context())
+		t.Cleanup(func() { cancel(nil) })
+		return order{async(func() error { return Inactivate(ctx, r.some(which)...) }), func(why string) { cancel(errors.New(why)) }}
+	}
+	syncing := func(t *testing.T, r *rig) (goOn func()) {
+		noError(t, r.activate())
+		inside, leave := make(chan struct{}, 1), make(chan struct{})
+		r.imgs[0].onSync = func(ctx context.Context) error {
+			inside <- struct{}{}
+			select {
+			case <-leave:
+			case <-ctx.Done():
+			}
+			return ctx.Err()
+		}
+		t.Cleanup(func() { r.imgs[0].onSync = nil })
+		return sync.OnceFunc(func() { close(leave) })
+	}
+	run := func(f func(t *testing.T, r *rig)) { bubble(t, Options{}, []string{"a", "b"}, f) }
+
+	// Who joined, whatever it named beside.
+	run(func(t *testing.T, r *rig) {
+		goOn := syncing(t, r)
+		first := give(t, r, 0)
+		pending(t, "first", first.err)
+		same, wider := give(t, r, 0), give(t, r, 1, 0)
+		pending(t, "same", same.err)
+		pending(t, "wider", wider.err)
+		same.giveUp("time is over")
+		check(t, "same", errText(finished(t, "same", same.err)), gaveUp+"time is over")
+		wider.giveUp("interrupted")
+		check(t, "wider", errText(finished(t, "wider", wider.err)), gaveUp+"interrupted")
+		pending(t, "first", first.err)
+		check(t, "states", r.states(), "inactivating active")
+		goOn()
+		noError(t, finished(t, "first", first.err))
+		check(t, "states", r.states(), "inactive active")
+	})
+	// Who began it: it goes on for who joined, and is done.
+	run(func(t *testing.T, r *rig) {
+		goOn := syncing(t, r)
+		first := give(t, r)
+		pending(t, "first", first.err)
+		second := give(t, r, 0)
+		pending(t, "second", second.err)
+		first.giveUp("time is over")
+		pending(t, "first", first.err)
+		pending(t, "second", second.err)
+		goOn()
+		noError(t, finished(t, "first", first.err))
+		noError(t, finished(t, "second", second.err))
+		check(t, "states", r.states(), "inactive inactive")
+	})
+	// All, in either order, and an order that comes later may join again.
+	for _, last := range []int{0, 1} {
+		run(func(t *testing.T, r *rig) {
+			syncing(t, r)
+			orders := []order{give(t, r)}
+			pending(t, "first", orders[0].err)
+			orders = append(orders, give(t, r))
+			pending(t, "second", orders[1].err)
+			for i := range orders {
+				if i != last {
+					orders[i].giveUp(fmt.Sprint("order ", i))
+				}
+			}
+			synctest.Wait()
+			check(t, "states", r.states(), "inactivating inactivating")
+			third := give(t, r, 1)
+			pending(t, "third", third.err)
+			orders[last].giveUp(fmt.Sprint("order ", last))
+			synctest.Wait()
+			check(t, "states", r.states(), "inactivating inactivating")
+			third.giveUp("order 2")
+			check(t, "first", errText(finished(t, "first", orders[0].err)), cancelled+"order 0")
+			check(t, "second", errText(finished(t, "second", orders[1].err)), gaveUp+"order 1")
+			check(t, "third", errText(finished(t, "third", third.err)), gaveUp+"order 2")
+			check(t, "states", r.states(), "active active")
+		})
+	}
+	// Cancel ends it for all.
+	run(func(t *testing.T, r *rig) {
+		syncing(t, r)
+		first := give(t, r)
+		pending(t, "first", first.err)
+		second := give(t, r)
+		pending(t, "second", second.err)
+		if !r.ms[1].Cancel() {
+			t.Error("nothing to cancel")
+		}
+		check(t, "first", errText(finished(t, "first", first.err)), cancelled+"context canceled")
+		check(t, "second", errText(finished(t, "second", second.err)), cancelled+"context canceled")
+	})
+	// One that was given up is not joined any more: who comes then begins anew.
+	run(func(t *testing.T, r *rig) {
+		noError(t, r.activate())
+		inside, leave := make(chan struct{}, 1), make(chan struct{})
+		r.imgs[0].onSync = func(ctx context.Context) error { inside <- struct{}{}; <-leave; return ctx.Err() }
+		first := give(t, r)
+		<-inside
+		first.giveUp("time is over")
+		synctest.Wait()
+		second := give(t, r)
+		pending(t, "second", second.err)
+		close(leave)
+		check(t, "first", errText(finished(t, "first", first.err)), cancelled+"time is over")
+		noError(t, finished(t, "second", second.err))
+		check(t, "states", r.states(), "inactive inactive")
+	})
+	// Behind the closed gate nobody ends it.
+	run(func(t *testing.T, r *rig) {
+		noError(t, r.activate())
+		there, goOn := r.pauseAt(StepDrain)
+		first := give(t, r)
+		<-there
+		second := give(t, r)
+		pending(t, "second", second.err)
+		first.giveUp("time is over")
+		second.giveUp("time is over")
+		check(t, "second", errText(finished(t, "second", second.err)), gaveUp+"time is over")
+		third := give(t, r)
+		pending(t, "third", third.err)
+		goOn()
+		noError(t, finished(t, "first", first.err))
+		noError(t, finished(t, "third", third.err))
+		check(t, "states", r.states(), "inactive inactive")
+	})
+	// An activation goes on for others too.
+	run(func(t *testing.T, r *rig) {
+		inside, leave := make(chan struct{}), make(chan struct{})
+		r.imgs[0].on("Acquire", func() error { close(inside); <-leave; return nil })
+		ctx, cancel := context.WithCancel(t.Context())
+		first := async(func() error { return Activate(ctx, ActivateOptions{}, r.ms...) })
+		<-inside
+		second := async(func() error { return r.activate(1) })
+		pending(t, "second", second)
+		cancel()
+		close(leave)
+		noError(t, finished(t, "first", first))
+		noError(t, finished(t, "second", second))
+		check(t, "states", r.states(), "active active")
+	})
+}
+
 // TestNothingBlocksStatus: with any method of the image stuck, status,
 // requests and orders' refusals are immediate; and callbacks may call back.
 func TestNothingBlocksStatus(t *testing.T) {

@@ -48,10 +48,14 @@ type modelWrite struct {
 
 type modelOp struct {
 	ms        []int
+	orders    []*modelOrder // that want it
 	done      bool
-	cancelled bool // by Cancel or by a fault
+	cancelled bool // by Cancel, by a fault, or since no order wants it
 	err       string
 }
+
+// modelOrder is an order that may be given up.
+type modelOrder struct{ givenUp bool }
 
 // task is a coroutine of the model and the goroutine that does the same.
 type task struct {
@@ -61,6 +65,8 @@ type task struct {
 	stop   func()
 	result string // of the model, "" while it runs
 	real   <-chan error
+	order  *modelOrder // nil for what is not given up
+	giveUp func()      // for real
 }
 
 type world struct {
@@ -78,7 +84,7 @@ type world struct {
 type block func(until func() bool)
 
 // start begins a task in the model and for real.
-func (w *world) start(what string, model func(block) string, real func() error) {
+func (w *world) start(what string, model func(block) string, real func() error) *task {
 	tk := &task{what: what}
 	tk.next, tk.stop = iter.Pull(func(yield func(func() bool) bool) {
 		type stopped struct{}
@@ -99,6 +105,7 @@ func (w *world) start(what string, model func(block) string, real func() error) 
 	w.tasks = append(w.tasks, tk)
 	w.run()
 	tk.real = async(real)
+	return tk
 }
 
 // run runs all tasks of the model until each waits.
@@ -266,7 +273,7 @@ func (w *world) look(order Event, ms []int) (err string, moving []int, joined, b
 	return "", moving, joined, busy
 }
 
-func (w *world) order(order Event, ms []int, b block) string {
+func (w *world) order(order Event, ms []int, me *modelOrder, b block) string {
 	for {
 		err, moving, joined, busy := w.look(order, ms)
 		if err != "" {
@@ -280,9 +287,17 @@ func (w *world) order(order Event, ms []int, b block) string {
 			if goesOn {
 				w.queue++
 			}
-			b(func() bool { return !slices.ContainsFunc(wait, func(op *modelOp) bool { return !op.done }) })
+			for _, op := range joined {
+				op.orders = append(op.orders, me)
+			}
+			b(func() bool {
+				return me.givenUp || !slices.ContainsFunc(wait, func(op *modelOp) bool { return !op.done })
+			})
 			if goesOn {
 				w.queue--
+			}
+			if me.givenUp {
+				return "cancelled"
 			}
 			for _, op := range joined {
 				if op.err != "ok" {
@@ -296,7 +311,7 @@ func (w *world) order(order Event, ms []int, b block) string {
 			return "ok"
 		}
 		slices.Sort(moving) // keys are in this order
-		op := &modelOp{ms: moving}
+		op := &modelOp{ms: moving, orders: []*modelOrder{me}}
 		for _, i := range moving {
 			w.m[i].op = op
 		}
@@ -307,6 +322,16 @@ func (w *world) order(order Event, ms []int, b block) string {
 			return w.finish(op, w.inactivate(op, b))
 		}
 		return w.finish(op, w.abandon(op, b))
+	}
+}
+
+// giveUp ends what nobody wants any more, as long as that is possible.
+func (w *world) giveUp(o *modelOrder) {
+	o.givenUp = true
+	for _, x := range w.m {
+		if x.op != nil && x.state == Inactivating && x.step == StepSyncAhead {
+			x.op.cancelled = x.op.cancelled || !slices.ContainsFunc(x.op.orders, func(o *modelOrder) bool { return !o.givenUp })
+		}
 	}
 }
 
@@ -640,8 +665,11 @@ func TestModel(t *testing.T) {
 					if err, _, joined, busy := w.look(ev, ds); err == "" && len(joined)+len(busy) > 0 && w.queue > 0 {
 						rt.Skip()
 					}
-					w.start(fmt.Sprint(ev, is), func(b block) string { return w.order(ev, ds, b) },
-						func() error { return f(context.Background(), ms...) })
+					ctx, cancel := context.WithCancel(context.Background())
+					me := &modelOrder{}
+					tk := w.start(fmt.Sprint(ev, is), func(b block) string { return w.order(ev, ds, me, b) },
+						func() error { defer cancel(); return f(ctx, ms...) })
+					tk.order, tk.giveUp = me, cancel
 				}
 			}
 			rt.Repeat(map[string]func(*rapid.T){
@@ -678,6 +706,20 @@ func TestModel(t *testing.T) {
 					if got := r.ms[i].Cancel(); got != want {
 						rt.Fatalf("Cancel: %v, want %v", got, want)
 					}
+				},
+				"give up": func(rt *rapid.T) {
+					var orders []*task
+					for _, tk := range w.tasks {
+						if tk.order != nil && !tk.order.givenUp {
+							orders = append(orders, tk)
+						}
+					}
+					if len(orders) == 0 {
+						rt.Skip()
+					}
+					tk := orders[rapid.IntRange(0, len(orders)-1).Draw(rt, "which")]
+					w.giveUp(tk.order)
+					tk.giveUp()
 				},
 				"enter": func(rt *rapid.T) {
 					i, c := one.Draw(rt, "machine"), Class(rapid.IntRange(0, int(numClasses)-1).Draw(rt, "class"))

@@ -18,28 +18,76 @@ type operation struct {
 	machines []*Machine // that move, in the order of Image.Key
 	done     chan struct{}
 	err      error // valid when done is closed
-	// ctx ends, while an inactivation syncs ahead, with its caller's context,
-	// by Cancel, or when one of its images fails.
+	// ctx ends, until the operation is firm, when no order wants it any more, by
+	// Cancel, or when one of its images fails.
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	began  time.Time
+
+	mu sync.Mutex // a leaf, but for the locks of contexts
+	// orders want it: the one that began it and those that have joined it, each as
+	// long as its context has not ended.
+	orders []context.Context
+	// firm: it goes on, whoever gives up.
+	firm bool
+	// unwatch ends watching the order that began it. Of the goroutine that runs it.
+	unwatch func() bool
 }
 
-func newOperation(ctx context.Context) *operation {
-	op := &operation{done: make(chan struct{}), began: time.Now()}
-	op.ctx, op.cancel = context.WithCancelCause(ctx)
+// newOperation is one that the order with this context wants.
+func newOperation(order context.Context) *operation {
+	op := &operation{done: make(chan struct{}), began: time.Now(), orders: []context.Context{order}}
+	op.ctx, op.cancel = context.WithCancelCause(context.Background())
 	return op
+}
+
+// wanted reports whether op goes on, which may end ctx. With firm it will from then
+// on, if it does now.
+func (op *operation) wanted(firm bool) bool {
+	op.mu.Lock()
+	defer op.mu.Unlock()
+	if op.firm {
+		return true
+	}
+	if !slices.ContainsFunc(op.orders, func(order context.Context) bool { return order.Err() == nil }) {
+		op.cancel(context.Cause(op.orders[0]))
+	}
+	if op.ctx.Err() != nil {
+		return false
+	}
+	op.firm = firm
+	return true
+}
+
+// watch sees to it that ctx ends soon if no order wants op any more when this one is
+// given up. stop is called when it is not to be waited for any longer.
+func (op *operation) watch(order context.Context) (stop func() bool) {
+	return context.AfterFunc(order, func() { op.wanted(false) })
+}
+
+// join makes op one that order wants too. It reports false if it was given up before,
+// and is about to end.
+func (op *operation) join(order context.Context) bool {
+	op.mu.Lock()
+	defer op.mu.Unlock()
+	if op.ctx.Err() != nil && !op.firm {
+		return false
+	}
+	op.orders = append(op.orders, order)
+	return true
 }
 
 // begin starts the transition that order asks of ms, all or none, with the step
 // first. It returns no operation and no error if there is nothing to do, after
-// waiting for the same transition where one is under way.
+// waiting for the same transition where one is under way. The order is given up
+// when ctx ends.
 func begin(ctx context.Context, order Event, first Step, ms []*Machine) (*operation, error) {
 	ms = distinct(ms)
 	for len(ms) > 0 {
 		op := newOperation(ctx)
-		started, joined, busy, err := op.tryBegin(order, first, ms)
+		started, joined, busy, err := op.tryBegin(ctx, order, first, ms)
 		if started {
+			op.unwatch = op.watch(ctx)
 			// Only now: no other operation calls the images' methods.
 			slices.SortFunc(op.machines, byKey)
 			op.hooks(first)
@@ -52,12 +100,8 @@ func begin(ctx context.Context, order Event, first Step, ms []*Machine) (*operat
 		if len(joined)+len(busy) == 0 {
 			return nil, nil
 		}
-		for _, o := range slices.Concat(joined, busy) {
-			select {
-			case <-o.done:
-			case <-ctx.Done():
-				return nil, fmt.Errorf("cannot %s: gave up waiting for the transition under way: %w", order, context.Cause(ctx))
-			}
+		if err := await(ctx, joined, busy); err != nil {
+			return nil, fmt.Errorf("cannot %s: gave up waiting for the transition under way: %w", order, err)
 		}
 		for _, o := range joined {
 			if o.err != nil {
@@ -71,10 +115,26 @@ func begin(ctx context.Context, order Event, first Step, ms []*Machine) (*operat
 	return nil, nil
 }
 
+// await waits for operations that order, whose context is ctx, has joined, and for
+// others. If it is given up before they have ended it says why.
+func await(ctx context.Context, joined, busy []*operation) error {
+	for _, o := range joined {
+		defer o.watch(ctx)()
+	}
+	for _, o := range slices.Concat(joined, busy) {
+		select {
+		case <-o.done:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+	return nil
+}
+
 // tryBegin looks at all machines at once and either starts op on those that
-// have to move, or says why not: operations to join, others to wait for, or
+// have to move, or says why not: operations that were joined, others to wait for, or
 // an order that is refused.
-func (op *operation) tryBegin(order Event, first Step, ms []*Machine) (started bool, joined, busy []*operation, err error) {
+func (op *operation) tryBegin(ctx context.Context, order Event, first Step, ms []*Machine) (started bool, joined, busy []*operation, err error) {
 	lockAll(ms)
 	for _, m := range ms {
 		c := table[m.mu.state][order]
@@ -104,6 +164,15 @@ func (op *operation) tryBegin(order Event, first Step, ms []*Machine) (started b
 		}
 	}
 	if err != nil || len(joined)+len(busy) > 0 || len(op.machines) == 0 {
+		if err == nil {
+			joined = slices.DeleteFunc(joined, func(o *operation) bool {
+				ended := !o.join(ctx)
+				if ended {
+					busy = append(busy, o) // who gave it up is not this order
+				}
+				return ended
+			})
+		}
 		unlockAll(ms)
 		return false, joined, busy, err
 	}
@@ -156,6 +225,9 @@ func byKey(a, b *Machine) int {
 
 // finish ends op and returns its error.
 func (op *operation) finish(err error) error {
+	if op.unwatch != nil {
+		op.unwatch()
+	}
 	op.cancel(nil)
 	op.err = err
 	for _, m := range op.machines {
