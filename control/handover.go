@@ -199,7 +199,7 @@ func (h *handover) inactivate() bool {
 		if h.half(h.from, o) {
 			h.takeBack(fmt.Errorf("the source did not inactivate all images: %w", err))
 		} else if h.interrupted() {
-			h.end(HandoverCancelled, fmt.Errorf("interrupted; the source goes on as before: %w", err))
+			h.end(HandoverCancelled, fmt.Errorf("interrupted; the source did not inactivate: %w", err))
 		} else {
 			h.end(HandoverRefused, fmt.Errorf("the source did not inactivate: %w", err))
 		}

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -20,6 +21,9 @@ const (
 	// OrderRefused: the images are owned as before. What was found out meanwhile
 	// stays: one whose sync failed is failed, and says so.
 	OrderRefused OrderOutcome = "refused"
+	// OrderPartly: it failed, and yet images have moved: QEMU's daemon leaves an order
+	// half done, and others may give orders too. Server says what has become of each.
+	OrderPartly OrderOutcome = "partly"
 	// OrderCancelled is OrderRefused because of an interrupt.
 	OrderCancelled OrderOutcome = "cancelled"
 	// OrderUnknown: the server does not answer, or has ended, or is still at it.
@@ -109,10 +113,8 @@ func (g *giving) run() {
 		g.end(OrderAlready, nil, false)
 	case err == nil:
 		g.end(OrderDone, nil, false)
-	case answered(err) && g.interrupted():
-		g.end(OrderCancelled, fmt.Errorf("interrupted; server at %s: %w", g.side.Name(), err), true)
 	case answered(err):
-		g.end(OrderRefused, fmt.Errorf("server at %s: %w", g.side.Name(), err), false)
+		g.failed(&now, err)
 	case g.ctx.Err() != nil:
 		g.end(OrderUnknown, fmt.Errorf("stopped at once, as told, while the server at %s was at it: %w", g.side.Name(), err), true)
 	default:
@@ -157,12 +159,50 @@ func (g *giving) possible(now *Status) error {
 
 // asOrdered reports whether every image is as ordered.
 func (g *giving) asOrdered(now *Status) bool {
-	for _, node := range g.about {
-		if i := now.image(node); i == nil || i.State.moving() || i.State.failed() || i.State.holds() != g.order.Active {
-			return false
+	return !slices.ContainsFunc(g.about, func(node string) bool {
+		i := now.image(node)
+		return i == nil || !g.reached(i.State)
+	})
+}
+
+// reached reports whether an image in state s is as ordered.
+func (g *giving) reached(s State) bool {
+	return !s.moving() && !s.failed() && s.holds() == g.order.Active
+}
+
+// failed notes how an order ended that the server has answered with err, by what its
+// images are now and were before.
+func (g *giving) failed(before *Status, err error) {
+	server, outcome, again := &g.report.Server, OrderRefused, false
+	err = fmt.Errorf("server at %s: %w", g.side.Name(), err)
+	if g.interrupted() {
+		outcome, again, err = OrderCancelled, true, fmt.Errorf("interrupted; %w", err)
+	}
+	askSide(g.ctx, g.side, server, g.about, g.patience())
+	under := stateInactivating
+	if g.order.Active {
+		under = stateActivating
+	}
+	var moved, moving []string
+	for _, i := range server.Images {
+		was := before.image(i.Node)
+		switch {
+		case !slices.Contains(g.about, i.Node):
+		case i.State == under:
+			moving = append(moving, i.Node)
+		case g.reached(i.State) && (was == nil || !g.reached(was.State)):
+			moved = append(moved, i.Node)
 		}
 	}
-	return true
+	switch {
+	case server.State == stateUnknown && len(g.about) > 1 && !g.side.Extended():
+		outcome, again, err = OrderUnknown, true, fmt.Errorf("%w; what has become of each image is not known: %s", err, server.Error)
+	case len(moving) > 0:
+		outcome, again, err = OrderUnknown, true, fmt.Errorf("%w; and yet %s: %s, as another order asks", err, under, strings.Join(moving, ", "))
+	case len(moved) > 0:
+		outcome, again, err = OrderPartly, true, fmt.Errorf("%w; and yet these have moved: %s", err, strings.Join(moved, ", "))
+	}
+	g.end(outcome, err, again)
 }
 
 // give sends the order, and takes it back if there is an interrupt.

@@ -131,6 +131,84 @@ func TestGiveInterrupted(t *testing.T) {
 	b.want(t, state.Inactive)
 }
 
+// One that another order has begun goes on, and then it is not as before.
+func TestGiveInterruptedBesideAnother(t *testing.T) {
+	b := newBed(t, 1)
+	b.activate(t)
+	path := b.listen(t, Config{})
+	p := interrupting{Peer: NewPeer(path), interrupt: make(chan struct{})}
+	defer p.Close()
+	begun, goOn, theirs := make(chan struct{}), make(chan struct{}), make(chan error)
+	b.images[0].syncAhead = func(ctx context.Context) error {
+		close(begun)
+		select {
+		case <-goOn:
+		case <-ctx.Done():
+		}
+		return ctx.Err()
+	}
+	other := dial(t, path)
+	go func() { theirs <- other.SetActive(context.Background(), false) }()
+	<-begun
+	r := Give(t.Context(), p, Order{}, OrderOptions{Interrupt: p.interrupt})
+	if r.Outcome != OrderUnknown || r.Next == "" || r.Server.State != "inactivating" || !strings.HasPrefix(r.Error, "interrupted; server at ") ||
+		!strings.HasSuffix(r.Error, "; and yet inactivating: image0, as another order asks") {
+		t.Errorf("%+v", r)
+	}
+	close(goOn)
+	if err := <-theirs; err != nil {
+		t.Error(err)
+	}
+	b.want(t, state.Inactive)
+}
+
+// interrupting is interrupted when it is given an order.
+type interrupting struct {
+	*Peer
+	interrupt chan struct{}
+}
+
+func (p interrupting) SetActive(ctx context.Context, o Order) error {
+	close(p.interrupt)
+	return p.Peer.SetActive(ctx, o)
+}
+
+// What failed and has moved images all the same says so, and which.
+func TestGivePartly(t *testing.T) {
+	for _, activate := range []bool{false, true} {
+		order, as := "inactivate", "1 inactive, 1 active"
+		if activate {
+			order, as = "activate", "1 active, 1 inactive"
+		}
+		a := newFakeSide("a", newFakeStore(2), !activate)
+		a.plain = true // ours leaves nothing half done
+		a.trouble[order] = half
+		r := Give(t.Context(), a, Order{Active: activate}, OrderOptions{})
+		want := "server at a: a: only one of them; and yet these have moved: image0; it is " + as + "; next: nbd-export " + order + " --control a"
+		if r.Outcome != OrderPartly || r.Err().Error() != want || len(r.Server.Images) != 2 {
+			t.Errorf("%+v, want %s", r, want)
+		}
+		a.trouble = nil
+		if r = Give(t.Context(), a, Order{Active: activate}, OrderOptions{}); r.Outcome != OrderDone {
+			t.Errorf("again: %+v", r)
+		}
+		// Of one that says no more after it has failed it is not known.
+		synctest.Test(t, func(t *testing.T) {
+			a := newFakeSide("a", newFakeStore(2), !activate)
+			a.plain = true
+			a.trouble[order] = failsMute
+			if r := Give(t.Context(), a, Order{Active: activate}, OrderOptions{}); r.Outcome != OrderUnknown || r.Next == "" {
+				t.Errorf("%+v", r)
+			}
+			// Ours has left all as it was.
+			a.plain, a.silent = false, false
+			if r := Give(t.Context(), a, Order{Active: activate}, OrderOptions{}); r.Outcome != OrderRefused || r.Server.State != stateUnknown {
+				t.Errorf("%+v", r)
+			}
+		})
+	}
+}
+
 // One that was not answered is ended as long as writes are served.
 func TestGiveUnanswered(t *testing.T) {
 	b := newBed(t, 1)

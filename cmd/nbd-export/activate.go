@@ -19,7 +19,7 @@ activation is refused and changes nothing.
 Where the order is not carried out within --timeout, or on Ctrl-C, it is taken back
 if it has not begun; one that has is waited for, as long again at most. A second
 Ctrl-C ends that at once. Exit status is 0 if the images are active, and --json says
-more: outcome is done, already, refused, cancelled or unknown.`,
+more: outcome is done, already, refused, partly, cancelled or unknown.`,
 		Example: `  nbd-export activate --control /run/b.ctl
 
   # take a disk back, but only if nobody has written to it

@@ -18,9 +18,9 @@ more; its clients stay connected, may read, and get EPERM for writes.
 
 Where that is not done within --timeout, or on Ctrl-C, the order is taken back as
 long as writes are still served, and the server stays the owner unless others have
-ordered it too; what has gone further is waited for, as long again at most. A second Ctrl-C ends that at once. Exit
-status is 0 if the images are inactive, and --json says more: outcome is done,
-already, refused, cancelled or unknown.`,
+ordered it too; what has gone further is waited for, as long again at most. A second
+Ctrl-C ends that at once. Exit status is 0 if the images are inactive, and --json
+says more: outcome is done, already, refused, partly, cancelled or unknown.`,
 		Example: `  nbd-export inactivate --control /run/a.ctl
 
   # give up an image whose storage has failed; writes may be lost
