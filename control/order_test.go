@@ -2,6 +2,7 @@ package control
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -207,6 +208,29 @@ func TestGivePartly(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A failed image is given up only if the others of its group can be inactivated.
+func TestAbandonGroup(t *testing.T) {
+	b := newBed(t, 3)
+	b.activate(t)
+	p := NewPeer(b.listen(t, Config{}))
+	defer p.Close()
+	b.images[1].settle = func() error { return lost{} }
+	if r := Give(t.Context(), p, Order{Nodes: []string{"image1"}}, OrderOptions{}); r.Outcome != OrderRefused {
+		t.Errorf("%+v", r)
+	}
+	b.images[2].settle = func() error { return errors.New("no space left on device") }
+	r := Give(t.Context(), p, Order{Abandon: true}, OrderOptions{})
+	if r.Outcome != OrderRefused || !strings.Contains(r.Error, "no space left on device; it stays active") {
+		t.Errorf("%+v", r)
+	}
+	b.want(t, state.Active, state.FailedIO, state.Active)
+	b.images[2].settle = nil
+	if r = Give(t.Context(), p, Order{Abandon: true}, OrderOptions{}); r.Outcome != OrderDone {
+		t.Errorf("%+v", r)
+	}
+	b.want(t, state.Inactive, state.Inactive, state.Inactive)
 }
 
 // One that was not answered is ended as long as writes are served.

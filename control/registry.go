@@ -301,24 +301,32 @@ func inactivate(ctx context.Context, opt InactivateOptions, o order) error {
 			return generic("Node has active parent node (inactivate '%s' instead of '%s')", t.format.name, t.file.name)
 		}
 	}
-	if opt.Abandon {
-		var failed []*state.Machine
-		for _, t := range o.targets {
-			if s := t.Machine.Status().State; s == state.FailedIO || s == state.FailedFenced {
-				failed = append(failed, t.Machine)
-			}
+	var failed, others []*state.Machine
+	for _, t := range o.targets {
+		if s := t.Machine.Status().State; opt.Abandon && (s == state.FailedIO || s == state.FailedFenced) {
+			failed = append(failed, t.Machine)
+		} else {
+			others = append(others, t.Machine)
 		}
-		// Its error says what is lost, which is logged; the images are given
-		// up all the same. One that is not is refused below.
-		_ = state.Abandon(ctx, failed...)
 	}
 	for _, t := range o.targets {
 		if t.Machine.Status().State != state.Inactive {
 			t.setFileActive(false) // before it counts
 		}
 	}
-	if err := state.Inactivate(ctx, machines(o.targets)...); err != nil {
+	// First what may be refused.
+	if err := state.Inactivate(ctx, others...); err != nil {
 		return err
+	}
+	if len(failed) > 0 {
+		// Its error says what is lost, which is logged; the images are given up all
+		// the same. One that is not, since another order was quicker, is refused, or
+		// moved, now. Nobody gives up in the middle.
+		ctx = context.WithoutCancel(ctx)
+		_ = state.Abandon(ctx, failed...)
+		if err := state.Inactivate(ctx, machines(o.targets)...); err != nil {
+			return err
+		}
 	}
 	o.done(false)
 	return nil
