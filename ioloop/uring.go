@@ -42,6 +42,15 @@ const (
 // times do not. IORING_SETUP_COOP_TASKRUN saved another 10% of the time with
 // four connections, but then completions wait for a thread that happens to
 // compute.
+//
+// What a file system does not do without waiting, as a write to a hole, the kernel
+// gives to threads of its own, up to four for each processor and each thread of ours
+// that submits. IORING_REGISTER_IOWQ_MAX_WORKERS bounds those of a submitter, not of
+// the process. With 4, 2 and 1 instead of 8 there were 12, 6 and 3 of them in all and
+// not 24, and 4 KiB O_DIRECT writes to holes of 16 connections at depth 32 on ext4,
+// where they wait for one another anyway, 67,000 to 83,000, 74,000 to 83,000 and
+// 75,000 operations/s, and not 72,000 to 81,000: alike. Where nothing is done without
+// waiting, on NFS, it would bound what is under way. Idle ones end after five seconds.
 type Uring struct {
 	ring *ring
 
