@@ -270,7 +270,7 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 			return err
 		}
 		f.Calm = append(f.Calm, load.ReadGap())
-		orders, err := x.move(ctx, load, from)
+		orders, err := x.move(load, from)
 		if err != nil {
 			return err
 		}
@@ -291,7 +291,7 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 		}
 		f.Reads = append(f.Reads, load.ReadGap())
 		if c.Conns == 0 {
-			nothing, err := x.orders(ctx, 1-from, from)
+			nothing, err := x.orders(1-from, from)
 			if err != nil {
 				return err
 			}
@@ -306,29 +306,17 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 
 // move hands over, and returns how long the orders took. With a program that has
 // crashed again and again in this cell, writers stop before and go on after.
-func (x *exporters) move(ctx context.Context, load *bench.Follower, from int) (time.Duration, error) {
+func (x *exporters) move(load *bench.Follower, from int) (time.Duration, error) {
 	if len(x.moves.Crashes) >= handoverSpare {
 		defer load.Hold()()
 		x.moves.Spared++
 	}
-	return x.orders(ctx, from, 1-from)
+	return x.orders(from, 1-from)
 }
 
 // orders gives the pair of orders, and returns how long they took.
-func (x *exporters) orders(ctx context.Context, from, to int) (took time.Duration, err error) {
-	done := make(chan struct{})
-	// This goroutine has a thread for itself (init), which another would have to
-	// wake for each answer.
-	go func() {
-		defer close(done)
-		start := time.Now()
-		if err = x.order(ctx, from, false); err == nil {
-			err = x.order(ctx, to, true)
-		}
-		took = time.Since(start)
-	}()
-	<-done
-	return took, err
+func (x *exporters) orders(from, to int) (time.Duration, error) {
+	return x.orderer.give(oneOrder{from, false}, oneOrder{to, true})
 }
 
 // warm reads an image into the page cache: QEMU empties it when it activates.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
@@ -19,12 +20,13 @@ const programQSD = "qemu-storage-daemon"
 const orderTimeout = time.Minute
 
 // exporters are two daemons of one program on the same images, owning nothing at
-// first, with a client on the control socket of each.
+// first. Who has both control sockets is the orderer, or clients where they are bare.
 type exporters struct {
 	program string
-	node    string // "": all
+	node    string // of the one image
 	bare    bool   // they have no NBD socket: the address is the control socket's
 	procs   [2]*process
+	orderer *orderer
 	clients [2]*control.Client
 	moves   moves
 }
@@ -85,14 +87,29 @@ func (x *exporters) start(ctx context.Context) (err error) {
 		if err := p.start(ctx); err != nil {
 			return err
 		}
+		if !x.bare {
+			continue
+		}
 		if x.clients[side], err = control.Dial(ctx, x.control(side)); err != nil {
 			return err
 		}
 	}
-	return nil
+	if x.bare {
+		return nil
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	x.orderer, err = startOrders(ctx, self, orderConfig{[2]string{x.control(0), x.control(1)}, x.node})
+	return err
 }
 
 func (x *exporters) stop() {
+	if x.orderer != nil {
+		x.orderer.stop()
+		x.orderer = nil
+	}
 	for side, p := range x.procs {
 		if c := x.clients[side]; c != nil {
 			_ = c.Close()
@@ -126,13 +143,13 @@ func (x *exporters) crashed() string {
 
 // order gives a side an order.
 func (x *exporters) order(ctx context.Context, side int, active bool) error {
+	if x.orderer != nil {
+		_, err := x.orderer.give(oneOrder{side, active})
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, orderTimeout)
 	defer cancel()
-	var nodes []string
-	if x.node != "" {
-		nodes = []string{x.node}
-	}
-	return x.clients[side].SetActive(ctx, active, nodes...)
+	return x.clients[side].SetActive(ctx, active)
 }
 
 // command hands over as a person does, and returns how long that took.

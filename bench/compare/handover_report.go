@@ -131,9 +131,9 @@ func (h *handoverReport) markdown() string {
 		"one machine, beside QEMU's two `blockdev-set-active`, in turns on the same image. Milliseconds: median / p90 /\n" +
 		"p99 / most. *Writes* is the time from the last write that the old owner acknowledged to the first that the new\n" +
 		"one did, *reads* the longest time without an answer from either side, and *orders* the pair of orders on open\n" +
-		"control sockets. Ours sync ahead while writes are served, which is part of the orders and not of the gap.\n" +
-		"*Orders for nothing* is the same pair given once more, when there is nothing left to do: the way to two\n" +
-		"processes and back.\n\n")
+		"control sockets, given by a program that does nothing else. Ours sync ahead while writes are served, which is\n" +
+		"part of the orders and not of the gap. *Orders for nothing* is the same pair given once more, when there is\n" +
+		"nothing left to do: the way to two processes and back.\n\n")
 	s.WriteString("| | n | nbd-export | n | QEMU | ours / QEMU, median, p99 | goal | |\n|---|--:|--:|--:|--:|--:|--:|---|\n")
 	for _, c := range h.Cells {
 		h.writeCell(&s, c)

@@ -56,6 +56,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == loadArg {
 		exit(runLoad(os.Args[2:], os.Stdout))
 	}
+	if len(os.Args) > 1 && os.Args[1] == ordersArg {
+		exit(runOrders(os.Args[2:], os.Stdin, os.Stdout))
+	}
 	c, render, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		return

@@ -21,6 +21,8 @@ func TestMain(m *testing.M) {
 	switch arg := append(os.Args, "")[1]; arg {
 	case loadArg:
 		err = runLoad(os.Args[2:], os.Stdout)
+	case ordersArg:
+		err = runOrders(os.Args[2:], os.Stdin, os.Stdout)
 	case limitArg:
 		err = runLimit(os.Args[2:])
 	default:
