@@ -232,12 +232,10 @@ func (o *Owned) Withdraw() {
 }
 
 // Retire is called when no request uses the view before the last
-// PublishActive. It closes that, or keeps its file for the next one, and has the
-// owner record tidied up.
+// PublishActive. It closes that, or keeps its file for the next one.
 func (o *Owned) Retire() {
 	if v := o.old; v != nil {
 		o.old = nil
 		o.closeInactive(v)
 	}
-	o.record.tidy()
 }

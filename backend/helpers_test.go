@@ -141,7 +141,6 @@ func activate(r *Owned, ifUnchanged bool) error {
 	}
 	r.PublishActive()
 	r.Retire()
-	r.record.tidying.Wait()
 	return nil
 }
 

@@ -128,11 +128,10 @@ func (o *ownerRecord) note(nonce string) (bool, error) {
 	}
 	next := *o.mine
 	next.Nonce = nonce
-	if err := o.replace(path, recordTemp, next.bytes()); err != nil {
+	if err := o.replace(path, next.bytes()); err != nil {
 		return false, &fs.PathError{Op: "write owner record", Path: path, Err: fmt.Errorf(
 			"%w; without it nobody can tell that two exporters have the same image; make room for it, or give --assume-same-image", err)}
 	}
-	o.tidyLocked()
 	o.mine = &next
 	return true, nil
 }

@@ -69,7 +69,6 @@ func (o *Owned) publish() {
 // may be running or called again. It may be called twice.
 func (o *Owned) Close() error {
 	var errs []error
-	o.record.tidying.Wait()
 	o.unmapping.Wait()
 	if o.next != nil && o.next.active {
 		errs = append(errs, o.record.withdraw())

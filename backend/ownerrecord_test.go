@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -26,10 +27,15 @@ func wantRecord(t testing.TB, image string, epoch uint64, clean bool) {
 	}
 }
 
+// noTemp sees that nothing but the record lies beside the image, and what it was.
 func noTemp(t testing.TB, image string) {
 	t.Helper()
-	if _, err := os.Lstat(image + ".owner.tmp"); err == nil {
-		t.Error("the temporary file is left")
+	left, err := filepath.Glob(image + ".owner*")
+	must(t, err)
+	for _, name := range left {
+		if name != image+".owner" && name != image+".owner"+recordWas {
+			t.Errorf("%s is left", name)
+		}
 	}
 }
 
@@ -124,13 +130,18 @@ func TestRecordAtTheEnd(t *testing.T) {
 			path := writeFile(t, t.TempDir(), make([]byte, 4096))
 			r := openImage(t, Options{Path: path}, nil)
 			must(t, activate(r, false))
+			must(t, inactivate(r))
+			must(t, activate(r, false)) // so that there is what it was
 			must(t, c.end(r))
-			wantRecord(t, path, 1, c.clean)
+			wantRecord(t, path, 2, c.clean)
 			noTemp(t, path)
+			if _, err := os.Lstat(path + ".owner" + recordWas); (err != nil) != (c.name == "stop") {
+				t.Errorf("what the record was: %v", err)
+			}
 			var warned []string
 			next := openImage(t, Options{Path: path, Warn: func(s string) { warned = append(warned, s) }}, nil)
 			must(t, activate(next, false))
-			wantRecord(t, path, 2, false)
+			wantRecord(t, path, 3, false)
 			if (len(warned) == 0) != c.clean || !c.clean && !strings.Contains(warned[0], "did not let go in order: nbd-export on ") {
 				t.Errorf("%q", warned)
 			}

@@ -10,12 +10,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// What follows the path of a record that is being replaced.
-const (
-	recordTemp = ".tmp" // the new one, and for a moment what it replaced
-	recordWas  = ".was" // what a release replaced, until the next owner has written its own
-)
-
 // ownerRecord is an image's owner record as its exporter sees it.
 type ownerRecord struct {
 	image    string // path as given
@@ -38,15 +32,12 @@ type ownerRecord struct {
 	// to be read to know that it is still the same: also where it was written over,
 	// as another owner could do within one tick of the file system's clock.
 	written *filePrint
-	left    bool           // there are files to be removed
-	tidying sync.WaitGroup // who removes them
-	later   func(func())   // Options.Later
 }
 
 func newOwnerRecord(o Options, t Traits, h faults, warn func(string, ...any)) *ownerRecord {
 	r := &ownerRecord{
 		image: o.Path, explicit: o.OwnerRecord, device: t.BlockDevice, near: t.coherent, readOnly: o.ReadOnly,
-		control: o.ControlAddress, faults: h, warn: warn, later: o.Later,
+		control: o.ControlAddress, faults: h, warn: warn,
 	}
 	r.find()
 	return r
@@ -112,48 +103,15 @@ func (o *ownerRecord) claimed() *OwnerRecord {
 	return r
 }
 
-// replace writes the record anew. What it was is removed by tidy.
-func (o *ownerRecord) replace(path, temp string, b []byte) error {
+// replace writes the record anew.
+func (o *ownerRecord) replace(path string, b []byte) error {
 	b = padded(b)
-	written, left, err := replaceRecord(path, b, scratch{path: path + temp, image: &o.stat, exchange: o.near}, o.faults)
+	written, err := recordSpot{path, &o.stat, o.near}.replace(b, o.faults)
 	if err != nil && unwritable(err) && overwriteRecord(path, b, o.faults) == nil {
 		err = nil
 	}
 	o.written = written
-	o.left = o.left || left
 	return err
-}
-
-// manyTidy is how many records are tidied up at once by a process that owns many
-// images.
-var manyTidy = make(chan struct{}, 4)
-
-// tidy removes what this claim, and the last owner's release, have left. It
-// waits for nothing, as it is called when the image has just been taken.
-func (o *ownerRecord) tidy() {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if !o.left || o.mine == nil {
-		return
-	}
-	epoch := o.mine.Epoch
-	later(o.later, &o.tidying, func() {
-		manyTidy <- struct{}{}
-		defer func() { <-manyTidy }()
-		o.mu.Lock() // the locks do not go while it is held and there is a claim
-		defer o.mu.Unlock()
-		if o.mine != nil && o.mine.Epoch == epoch {
-			o.tidyLocked()
-		}
-	})
-}
-
-func (o *ownerRecord) tidyLocked() {
-	if path := o.place.Load().Path; path != "" && o.left {
-		_ = unix.Unlink(path + recordTemp)
-		_ = unix.Unlink(path + recordWas)
-	}
-	o.left = false
 }
 
 // claim writes that this process owns the image, whose locks it holds and
@@ -190,7 +148,7 @@ func (o *ownerRecord) claim(own uint64, stat *unix.Stat_t, print *filePrint) (ep
 	}
 	durable = last != nil && last.leaves(&me, print)
 	o.stat = *stat
-	if err := o.replace(p.Path, recordTemp, me.bytes()); err != nil {
+	if err := o.replace(p.Path, me.bytes()); err != nil {
 		if o.explicit != "" || !unwritable(err) {
 			return 0, false, &fs.PathError{Op: "write owner record", Path: p.Path, Err: fmt.Errorf(
 				"%w; make that possible, or choose another place with --owner-record PATH, or none with --owner-record off", err)}
@@ -269,29 +227,23 @@ func (o *ownerRecord) check() error {
 	case stillMine:
 		o.told = ""
 	case gone:
-		if err := o.replace(path, recordTemp, o.mine.bytes()); err != nil {
+		if err := o.replace(path, o.mine.bytes()); err != nil {
 			o.tell("owner record %s was removed and cannot be written again: %v", path, err)
 			break
 		}
-		o.tidyLocked()
 		o.warn("owner record %s was removed or set back while this process owns the image; it is there again", path)
 	}
 	return err
 }
 
-// settled is look at the end of an ownership, which changes nothing yet. What its
-// claim has left goes, if that was so short that tidy has not come to it: the next
-// owner would have to remove it before its own record can be made.
+// settled is look at the end of an ownership, which changes nothing yet.
 func (o *ownerRecord) settled() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.mine == nil {
 		return nil
 	}
-	v, err := o.look(o.place.Load().Path)
-	if v == stillMine {
-		o.tidyLocked()
-	}
+	_, err := o.look(o.place.Load().Path)
 	return err
 }
 
@@ -299,8 +251,7 @@ func (o *ownerRecord) settled() error {
 // record says so, unless it has become another's; otherwise it stays as it is,
 // and says that this owner did not let go in order. print is the state of the
 // settled image, nil where others may see another. With last nobody waits for
-// the image, and what the record was is removed too; otherwise the next owner
-// does that.
+// the image, and what the record was is removed too.
 func (o *ownerRecord) release(clean bool, print *filePrint, last bool) error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -321,11 +272,11 @@ func (o *ownerRecord) release(clean bool, print *filePrint, last bool) error {
 	if print != nil {
 		me.Image = print.String()
 	}
-	if err := o.replace(path, recordWas, me.bytes()); err != nil {
+	if err := o.replace(path, me.bytes()); err != nil {
 		return &RecordNotCleanError{Image: o.image, Record: path, Err: err}
 	}
 	if last {
-		o.tidyLocked()
+		_ = o.faults.unlink(path + recordWas)
 	}
 	return nil
 }
@@ -364,9 +315,8 @@ func (o *ownerRecord) withdraw() error {
 	if o.before == nil {
 		err = o.faults.unlink(path)
 	} else {
-		err = o.replace(path, recordTemp, o.before)
+		err = o.replace(path, o.before)
 	}
-	o.tidyLocked()
 	if err != nil {
 		return &fs.PathError{Op: "put back owner record", Path: path, Err: fmt.Errorf("%w; it names this process, which does not own the image", err)}
 	}

@@ -1,9 +1,11 @@
 package backend
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"slices"
@@ -263,44 +265,93 @@ func TestRecordCheckedBeside(t *testing.T) {
 	wantRecord(t, path, 1, true)
 }
 
-// What a claim leaves is removed later, or when the ownership ends before that.
-func TestRecordTidiedBeforeItIsLate(t *testing.T) {
+// From one owner to the next and back no file is made and none removed: the record
+// and what it was change places, whatever the record says.
+func TestRecordAndWhatItWas(t *testing.T) {
 	path := writeFile(t, t.TempDir(), make([]byte, 4096))
-	var later []func()
-	runLater := func() {
-		for _, f := range later {
-			f()
-		}
-		later = nil
-	}
-	r := openImage(t, Options{Path: path, Later: func(f func()) { later = append(later, f) }}, nil)
-	take := func() {
-		must(t, r.Acquire())
-		must(t, r.Load(false))
-		_, err := r.Claim(0)
-		must(t, err)
-		r.PublishActive()
-		r.Retire()
-	}
-	left := func() bool {
-		_, err := os.Lstat(path + ".owner.tmp")
-		return err == nil
-	}
-	for range 3 {
-		take()
-		must(t, inactivate(r))
-		if left() {
-			t.Error("what the claim has left is in the way of the next owner")
-		}
-	}
-	take()
-	if !left() {
-		t.Error("removed while the order was carried out")
-	}
-	runLater()
-	if left() {
-		t.Error("not removed later")
-	}
+	h := new(failing)
+	r := openImage(t, Options{Path: path}, h.hook)
+	must(t, activate(r, false))
 	must(t, inactivate(r))
-	runLater()
+	record, was := path+".owner", path+".owner"+recordWas
+	inode := func(path string) uint64 { t.Helper(); return statOf(t, path).Ino }
+	one, other := inode(record), inode(was)
+	unlinked := h.count(opRecordUnlink)
+	for i := range uint64(3) {
+		must(t, activate(r, false))
+		if inode(record) != other || inode(was) != one {
+			t.Fatal("the claim has not changed their places")
+		}
+		wantRecord(t, path, i+2, false)
+		if noted, err := r.Note("word"); !noted || err != nil {
+			t.Fatal(noted, err)
+		}
+		must(t, r.Check())
+		must(t, inactivate(r))
+		if inode(record) != other || inode(was) != one {
+			t.Fatal("the end has not changed their places")
+		}
+		wantRecord(t, path, i+2, true)
+		one, other = inode(record), inode(was)
+	}
+	if n := h.count(opRecordUnlink) - unlinked; n != 0 {
+		t.Errorf("%d files removed", n)
+	}
+}
+
+// What lies where the record was is written over only if it can be nothing else.
+func TestRecordWasIsNothingElse(t *testing.T) {
+	sector := bytes.Repeat([]byte("x"), recordSector)
+	for name, put := range map[string]func(was, other string) error{
+		"another name": func(was, other string) error {
+			return errors.Join(os.WriteFile(other, sector, 0o600), os.Link(other, was))
+		},
+		"a link": func(was, other string) error {
+			return errors.Join(os.WriteFile(other, sector, 0o600), os.Symlink(other, was))
+		},
+		"longer":  func(was, _ string) error { return os.WriteFile(was, append(sector, 'x'), 0o600) },
+		"shorter": func(was, _ string) error { return os.WriteFile(was, nil, 0o600) },
+		"a FIFO":  func(was, _ string) error { return unix.Mkfifo(was, 0o600) },
+		"a socket": func(was, _ string) error {
+			l, err := net.Listen("unix", was)
+			if err == nil {
+				l.(*net.UnixListener).SetUnlinkOnClose(false)
+				err = l.Close()
+			}
+			return err
+		},
+		"nothing": func(string, string) error { return nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			path := writeFile(t, t.TempDir(), make([]byte, 4096))
+			other := path + ".other"
+			r := openImage(t, Options{Path: path}, nil)
+			must(t, activate(r, false))
+			must(t, os.RemoveAll(path+".owner"+recordWas))
+			must(t, put(path+".owner"+recordWas, other))
+			must(t, inactivate(r))
+			wantRecord(t, path, 1, true)
+			noTemp(t, path)
+			if b, err := os.ReadFile(other); err == nil && !bytes.Equal(b, sector) {
+				t.Errorf("another file was written: %q", b)
+			}
+			must(t, activate(r, false))
+			wantRecord(t, path, 2, false)
+			must(t, inactivate(r))
+		})
+	}
+	t.Run("another mode", func(t *testing.T) {
+		path := writeFile(t, t.TempDir(), make([]byte, 4096))
+		r := openImage(t, Options{Path: path}, nil)
+		must(t, activate(r, false))
+		must(t, inactivate(r))
+		must(t, os.Chmod(path, 0o640))
+		for range 2 {
+			must(t, activate(r, false))
+			must(t, inactivate(r))
+		}
+		if mode := statOf(t, path+".owner").Mode & 0o777; mode != 0o640 {
+			t.Errorf("the record has mode %o, the image 640", mode)
+		}
+	})
 }

@@ -19,9 +19,7 @@ import (
 func leftovers(t testing.TB, image string, op sysop) {
 	t.Helper()
 	if op == opRecordUnlink {
-		for _, suffix := range []string{recordTemp, recordWas} {
-			must(t, os.WriteFile(image+recordSuffix+suffix, []byte("left"), 0o600))
-		}
+		must(t, os.WriteFile(image+recordSuffix+recordWas, []byte("left"), 0o600))
 	}
 }
 
@@ -254,11 +252,11 @@ func TestRecordGarbage(t *testing.T) {
 // What stands where a record is made is named, if it cannot be removed.
 func TestRecordInTheWay(t *testing.T) {
 	path := writeFile(t, t.TempDir(), make([]byte, 4096))
-	must(t, os.Mkdir(path+".owner.tmp", 0o700))
+	must(t, os.Mkdir(path+".owner.was", 0o700))
 	r := openImage(t, Options{Path: path}, nil)
 	err := activate(r, false)
 	wantErrno(t, err, unix.EISDIR)
-	if !strings.Contains(err.Error(), path+".owner.tmp is in the way, and cannot be removed: is a directory; ") {
+	if !strings.Contains(err.Error(), path+".owner.was is in the way, and cannot be removed: is a directory; ") {
 		t.Error(err)
 	}
 }
@@ -299,7 +297,7 @@ func TestRecordUnwritable(t *testing.T) {
 				asOnNetwork(explicit)
 			}
 			if op == opRecordUnlink {
-				must(t, os.WriteFile(path+".rec"+recordTemp, nil, 0o600))
+				must(t, os.WriteFile(path+".rec"+recordWas, nil, 0o600))
 			}
 			err := activate(explicit, false)
 			wantErrno(t, err, errno)

@@ -79,7 +79,7 @@ var qcow2Scenes = []crashScene{
 	{
 		format: "qcow2", name: "stop", title: "A stops (SIGTERM), with a qcow2 image", actor: 0,
 		steps: slices.Concat([]crashStep{{"stop", []crashCall{recordLook}}},
-			settling(untidy, untidy, []crashStep{{"l1", bySync(untidy, poisons)}}, slices.Concat([]crashCall{recordLook}, recordWrite(untidy), []crashCall{call("close", harmless)})...)),
+			settling(untidy, untidy, []crashStep{{"l1", bySync(untidy, poisons)}}, slices.Concat([]crashCall{recordLook}, recordWrite(untidy), []crashCall{tidyUp, call("close", harmless)})...)),
 		end: crashEnd{state: [2]string{"exited", "inactive"}, epoch: 1, clean: true, next: "B"},
 	},
 	{

@@ -75,6 +75,9 @@ func recordWrite(eio effect) []crashCall {
 	return calls
 }
 
+// tidyUp removes what the record was.
+var tidyUp = call("record-unlink", harmless)
+
 // openView makes the read-only view, of a description that is open already.
 func openView(e effect) []crashCall { return []crashCall{call("stat", e)} }
 
@@ -115,7 +118,7 @@ var rawScenes = []crashScene{
 	{
 		name: "stop", title: "A stops (SIGTERM)", actor: 0,
 		steps: []crashStep{
-			{"stop", slices.Concat([]crashCall{recordLook}, recordWrite(untidy), []crashCall{call("sync", poisons)}, openView(untidy), []crashCall{call("close", harmless)})},
+			{"stop", slices.Concat([]crashCall{recordLook}, recordWrite(untidy), []crashCall{tidyUp, call("sync", poisons)}, openView(untidy), []crashCall{call("close", harmless)})},
 		},
 		end: crashEnd{state: [2]string{"exited", "inactive"}, epoch: 1, clean: true, next: "B"},
 	},
