@@ -55,8 +55,10 @@ type File struct {
 	sizing sync.Mutex // before ranges.mu
 	length int64      // at load, or as Resize made it; sizing
 
-	place  []byte // a map of the whole file, or nil; see Place
-	expect int64  // how long that is at least, see expectLength
+	placeable bool                   // there may be one
+	placed    sync.Once              // somebody has tried to map it
+	place     atomic.Pointer[[]byte] // a map of the whole file, or nil; see Place
+	expect    int64                  // how long that is at least, see expectLength
 
 	ranges ranges
 	slots  slots // of writes
@@ -225,7 +227,7 @@ func (f *File) load() error {
 func (f *File) sized(size int64) error {
 	f.size = size
 	err := f.setLength(size)
-	f.mapPlace()
+	f.resetPlace()
 	return err
 }
 

@@ -64,7 +64,8 @@ func (c Claim) Covers(o Claim) bool {
 // unclaimed waits until nobody claims any of a range that is about to be changed.
 // Until changed nobody does.
 func (f *File) unclaimed(off, n int64) (c Claim) {
-	if f.place == nil || n <= 0 {
+	// Also before the file is mapped: it may be while this change is under way.
+	if !f.placeable || n <= 0 {
 		return c
 	}
 	c = f.Claim(off, n)

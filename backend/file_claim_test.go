@@ -81,7 +81,7 @@ func waitsForClaim() bool {
 // What begins at the same lock, of two files or in one that is long enough, is kept
 // apart from itself at most: nothing waits for what it holds.
 func TestClaimsComeRound(t *testing.T) {
-	f := &File{place: make([]byte, 1), id: inode{ino: 7}}
+	f := &File{placeable: true, id: inode{ino: 7}}
 	all := f.Claim(0, 3*claimLocks*claimGrain)
 	if !all.Try() {
 		t.Fatal("a long claim is not to be had")
