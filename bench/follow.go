@@ -23,6 +23,12 @@ type FollowConfig struct {
 	Size      int64   // of the region, bytes
 	Rate      float64 // writes/s; 0: as fast as possible
 	Seed      uint64
+	// Reads: one read at a time from each exporter, too. They are best a program of
+	// their own: amid writes as fast as they go they wait for Go's scheduler.
+	Reads bool
+	// Still: know when the machine stood still; see ReadGap. It is for a program that
+	// does nothing but read.
+	Still bool
 }
 
 // ReadEvery is how often a Follower reads from each exporter, so that two
@@ -38,10 +44,11 @@ type Follower struct {
 	conns [2][]*client.Conn // one more than for writes, for reads
 	every time.Duration     // between writes; 0: no pace
 
-	acked   [2]atomic.Int64 // when the last write was, on client.Now's clock
-	heard   [2]atomic.Int64 // when the last read was
-	readGap atomic.Int64    // longest since ReadGap was called, ns
-	due     atomic.Int64    // when the next paced write is
+	acked [2]atomic.Int64 // when the last write was, on client.Now's clock
+	heard [2]atomic.Int64 // when the last read was
+	due   atomic.Int64    // when the next paced write is
+	gaps  gaps            // between reads
+	still *stillness      // nil: not asked for
 
 	writing sync.RWMutex // read-locked by who has a write under way; see Hold
 
@@ -65,7 +72,11 @@ func Follow(ctx context.Context, cfg FollowConfig) (*Follower, error) {
 		f.every = time.Duration(float64(time.Second) / cfg.Rate)
 	}
 	for i, uri := range cfg.URIs {
-		for range cfg.Conns + 1 {
+		conns := cfg.Conns
+		if cfg.Reads {
+			conns++
+		}
+		for range conns {
 			c, err := client.Dial(ctx, uri, client.Options{})
 			if err != nil {
 				_ = f.Close()
@@ -83,9 +94,14 @@ func Follow(ctx context.Context, cfg FollowConfig) (*Follower, error) {
 	for i := range cfg.Conns * cfg.Depth {
 		f.start(func() error { return f.write(i) })
 	}
+	if cfg.Still {
+		f.still = watchStill()
+	}
 	for side := range f.conns {
 		f.heard[side].Store(client.Now())
-		f.start(func() error { return f.read(side) })
+		if cfg.Reads {
+			f.start(func() error { return f.read(side) })
+		}
 	}
 	return f, nil
 }
@@ -109,6 +125,9 @@ func (f *Follower) Close() error {
 	f.group.Wait()
 	if f.seeker != nil {
 		f.seeker.close()
+	}
+	if f.still != nil {
+		f.still.close()
 	}
 	return f.Err()
 }
@@ -149,14 +168,57 @@ func (f *Follower) Hold() (resume func()) {
 	return f.writing.Unlock
 }
 
+// ReadGap is a time without an answer from one of the exporters.
+type ReadGap struct {
+	Longest time.Duration `json:"longest_ns"`
+	// Moving is the longest but for when the machine stood still (FollowConfig.Still),
+	// as far as that is known.
+	Moving time.Duration `json:"moving_ns"`
+}
+
+// gaps are times without an answer that ended since they were last asked for. Its
+// methods may be called concurrently.
+type gaps struct {
+	mu    sync.Mutex // a leaf
+	short int64      // the longest in which the machine cannot have stood still, ns
+	long  []span     // the others
+}
+
+func (g *gaps) add(t span) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if d := t.to - t.from; d < int64(stillFrom) {
+		g.short = max(g.short, d)
+	} else {
+		g.long = append(g.long, t)
+	}
+}
+
+func (g *gaps) take() (short int64, long []span) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	short, long = g.short, g.long
+	g.short, g.long = 0, nil
+	return short, long
+}
+
 // ReadGap is the longest time for which either exporter answered no read, of those
 // that ended since it was last called or have not ended yet.
-func (f *Follower) ReadGap() time.Duration {
-	longest := f.readGap.Swap(0)
+func (f *Follower) ReadGap() ReadGap {
 	for side := range f.heard {
-		longest = max(longest, client.Now()-f.heard[side].Load())
+		f.gaps.add(span{f.heard[side].Load(), client.Now()})
 	}
-	return time.Duration(longest)
+	short, long := f.gaps.take()
+	gap := ReadGap{time.Duration(short), time.Duration(short)}
+	for _, t := range long {
+		d := time.Duration(t.to - t.from)
+		gap.Longest = max(gap.Longest, d)
+		if f.still != nil {
+			d = f.still.moving(t)
+		}
+		gap.Moving = max(gap.Moving, d)
+	}
+	return gap
 }
 
 // read reads from one exporter.
@@ -173,12 +235,7 @@ func (f *Follower) read(side int) error {
 			return fmt.Errorf("reading: %w", err)
 		}
 		now := client.Now()
-		for gap := now - f.heard[side].Swap(now); ; {
-			longest := f.readGap.Load()
-			if gap <= longest || f.readGap.CompareAndSwap(longest, gap) {
-				break
-			}
-		}
+		f.gaps.add(span{f.heard[side].Swap(now), now})
 		if err := rest.nap(ReadEvery); err != nil {
 			return err
 		}

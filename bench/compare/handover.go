@@ -102,9 +102,9 @@ type moves struct {
 	Orders   []time.Duration `json:"orders_ns"`        // both, on open control sockets
 	Nothing  []time.Duration `json:"orders_for_nothing_ns,omitempty"`
 	Writes   []time.Duration `json:"write_gaps_ns,omitempty"`
-	Reads    []time.Duration `json:"read_gaps_ns,omitempty"`
-	Calm     []time.Duration `json:"calm_read_gaps_ns,omitempty"` // between handovers
-	Commands []time.Duration `json:"commands_ns,omitempty"`       // wall time of our command
+	Reads    []bench.ReadGap `json:"read_gaps,omitempty"`
+	Calm     []bench.ReadGap `json:"calm_read_gaps,omitempty"` // between handovers
+	Commands []time.Duration `json:"commands_ns,omitempty"`    // wall time of our command
 	Failures []string        `json:"failures,omitempty"`
 	Crashes  []string        `json:"crashes,omitempty"`
 }
@@ -179,7 +179,7 @@ func (r *runner) handover(ctx context.Context, files map[string]string, c handov
 	for _, x := range pairs {
 		f := &x.moves
 		r.say("%s, %s: %d handovers, orders %v, writes %v, reads %v, %d failures, %d crashes", c.ID(), x.program, f.Done,
-			middleTime(f.Orders), middleTime(f.Writes), middleTime(f.Reads), len(f.Failures), len(f.Crashes))
+			middleTime(f.Orders), middleTime(f.Writes), middleTime(longest(f.Reads)), len(f.Failures), len(f.Crashes))
 	}
 	return ctx.Err()
 }
@@ -202,6 +202,21 @@ func middleTime(v []time.Duration) time.Duration {
 		return 0
 	}
 	return slices.Sorted(slices.Values(v))[len(v)/2].Round(10 * time.Microsecond)
+}
+
+// longest are the gaps as they were, and moving but for when the machine stood still.
+func longest(gaps []bench.ReadGap) (v []time.Duration) {
+	for _, g := range gaps {
+		v = append(v, g.Longest)
+	}
+	return v
+}
+
+func moving(gaps []bench.ReadGap) (v []time.Duration) {
+	for _, g := range gaps {
+		v = append(v, g.Moving)
+	}
+	return v
 }
 
 // turn is a few handovers between the exporters of x, beginning and ending with
@@ -245,6 +260,17 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 			err = e
 		}
 	}()
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	reads, err := startReads(ctx, self, bench.FollowConfig{
+		URIs: [2]string{x.procs[0].uri(), x.procs[1].uri()}, BlockSize: 4 * k, Size: handoverImage, Seed: seed, Reads: true, Still: true,
+	})
+	if err != nil {
+		return err
+	}
+	defer reads.stop()
 	pause := func(d time.Duration) error {
 		select {
 		case <-time.After(d):
@@ -264,12 +290,18 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 	if err := pause(c.pause()); err != nil {
 		return err
 	}
-	load.ReadGap()
+	if _, err := reads.gap(); err != nil {
+		return err
+	}
 	for range handoverTurn {
 		if err := pause(c.pause()); err != nil {
 			return err
 		}
-		f.Calm = append(f.Calm, load.ReadGap())
+		calm, err := reads.gap()
+		if err != nil {
+			return err
+		}
+		f.Calm = append(f.Calm, calm)
 		orders, err := x.move(load, from)
 		if err != nil {
 			return err
@@ -289,7 +321,11 @@ func (x *exporters) turn(ctx context.Context, c handoverCell, ours string, seed 
 		if err := pause(5 * time.Millisecond); err != nil {
 			return err
 		}
-		f.Reads = append(f.Reads, load.ReadGap())
+		gap, err := reads.gap()
+		if err != nil {
+			return err
+		}
+		f.Reads = append(f.Reads, gap)
 		if c.Conns == 0 {
 			nothing, err := x.orders(1-from, from)
 			if err != nil {

@@ -59,6 +59,9 @@ func main() {
 	if len(os.Args) > 1 && os.Args[1] == ordersArg {
 		exit(runOrders(os.Args[2:], os.Stdin, os.Stdout))
 	}
+	if len(os.Args) > 1 && os.Args[1] == readsArg {
+		exit(runReads(os.Args[2:], os.Stdin, os.Stdout))
+	}
 	c, render, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {
 		return

@@ -1,14 +1,12 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"os/exec"
 	"runtime"
 	"syscall"
 	"time"
@@ -18,10 +16,9 @@ import (
 )
 
 // The orders of a handover come from a program of their own, as in life they do:
-// amid the load's goroutines an answer waits for Go's scheduler. It is this program,
-// started with ordersArg and an orderConfig in JSON, with both control sockets open
-// already. It does nothing else, so that what it measures is the exporters' time: its
-// system calls block, and go past the scheduler.
+// amid the load's goroutines an answer waits for Go's scheduler. It has both control
+// sockets open, and does nothing else, so that what it measures is the exporters'
+// time: its system calls block, and go past the scheduler. See asked.
 
 const ordersArg = "orders"
 
@@ -37,8 +34,8 @@ type oneOrder struct {
 	Active bool `json:"active"`
 }
 
-// ordersSaid is what such a program writes when it is ready, and after each line of
-// []oneOrder that it reads: how long they took, one after the other.
+// ordersSaid is what such a program answers to []oneOrder: how long they took, one
+// after the other.
 type ordersSaid struct {
 	Took  time.Duration `json:"took_ns"`
 	Error string        `json:"error,omitempty"`
@@ -47,11 +44,8 @@ type ordersSaid struct {
 // runOrders is that program. It is to be called on the main thread, which stays there.
 func runOrders(args []string, in io.Reader, out io.Writer) error {
 	var c orderConfig
-	if len(args) != 1 {
-		return errors.New("want whom to give orders, in JSON")
-	}
-	if err := json.Unmarshal([]byte(args[0]), &c); err != nil {
-		return fmt.Errorf("orders: %w", err)
+	if err := configure(args, &c); err != nil {
+		return err
 	}
 	var sides [2]*monitor
 	for i, path := range c.Controls {
@@ -64,19 +58,7 @@ func runOrders(args []string, in io.Reader, out io.Writer) error {
 	for _, active := range []bool{false, true} {
 		lines[active] = fmt.Appendf(nil, `{"execute": "blockdev-set-active", "arguments": {"node-name": %q, "active": %t}}`+"\n", c.Node, active)
 	}
-	say := json.NewEncoder(out)
-	if err := say.Encode(ordersSaid{}); err != nil {
-		return err
-	}
-	given := json.NewDecoder(in)
-	for {
-		var orders []oneOrder
-		if err := given.Decode(&orders); err != nil {
-			if errors.Is(err, io.EOF) {
-				return nil
-			}
-			return err
-		}
+	return answer(in, out, func(orders []oneOrder) any {
 		var said ordersSaid
 		start := time.Now()
 		for _, o := range orders {
@@ -86,10 +68,8 @@ func runOrders(args []string, in io.Reader, out io.Writer) error {
 			}
 		}
 		said.Took = time.Since(start)
-		if err := say.Encode(said); err != nil {
-			return err
-		}
-	}
+		return said
+	})
 }
 
 // monitor is an open control socket that speaks QMP.
@@ -177,68 +157,23 @@ func rawCall(call, fd uintptr, p []byte) (int, error) {
 }
 
 // orderer is a running program of orders.
-type orderer struct {
-	cmd  *exec.Cmd
-	in   io.WriteCloser
-	says *json.Decoder
-	said tail // on standard error
-}
+type orderer struct{ *asked }
 
-// startOrders runs file, which is this program, and returns when it has both sockets.
-// If this fails nothing is left running. It is to be called on the main thread.
+// startOrders is to be called on the main thread.
 func startOrders(ctx context.Context, file string, c orderConfig) (*orderer, error) {
-	whom, err := json.Marshal(c)
-	if err != nil {
-		return nil, err
-	}
-	o := &orderer{cmd: exec.CommandContext(ctx, file, ordersArg, string(whom))}
-	o.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	o.cmd.Stderr = &o.said
-	if o.in, err = o.cmd.StdinPipe(); err != nil {
-		return nil, err
-	}
-	out, err := o.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := o.cmd.Start(); err != nil {
-		return nil, err
-	}
-	o.says = json.NewDecoder(bufio.NewReader(out))
-	if _, err := o.answer(); err != nil {
-		o.stop()
-		return nil, fmt.Errorf("%w: %s", err, o.said.String())
-	}
-	return o, nil
+	a, err := startAsked(ctx, file, ordersArg, c)
+	return &orderer{a}, err
 }
 
 // give has orders given, one after the other until one fails, and returns how long
 // that took.
 func (o *orderer) give(orders ...oneOrder) (time.Duration, error) {
-	line, err := json.Marshal(orders)
-	if err == nil {
-		_, err = o.in.Write(append(line, '\n'))
-	}
-	if err != nil {
-		return 0, fmt.Errorf("orders: %w", err)
-	}
-	return o.answer()
-}
-
-func (o *orderer) answer() (time.Duration, error) {
 	var said ordersSaid
-	if err := o.says.Decode(&said); err != nil {
-		return 0, fmt.Errorf("orders: %w", err)
+	if err := o.ask(orders, &said); err != nil {
+		return 0, err
 	}
 	if said.Error != "" {
 		return 0, errors.New(said.Error)
 	}
 	return said.Took, nil
-}
-
-// stop ends it and waits for that.
-func (o *orderer) stop() {
-	_ = o.in.Close()
-	_ = o.cmd.Process.Kill()
-	_ = o.cmd.Wait()
 }

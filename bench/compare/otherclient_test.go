@@ -23,6 +23,8 @@ func TestMain(m *testing.M) {
 		err = runLoad(os.Args[2:], os.Stdout)
 	case ordersArg:
 		err = runOrders(os.Args[2:], os.Stdin, os.Stdout)
+	case readsArg:
+		err = runReads(os.Args[2:], os.Stdin, os.Stdout)
 	case limitArg:
 		err = runLimit(os.Args[2:])
 	default:
