@@ -72,6 +72,12 @@ func (c handoverCell) Title(fs string) string {
 	return where + ", as many writes as it takes"
 }
 
+// limited reports whether the limit server is measured too, which has no file: where
+// no disk has to be waited for.
+func (c handoverCell) limited() bool {
+	return c.Format == formatRaw && c.Goal > 0 && (c.Medium == onTmpfs || c.Conns == 0)
+}
+
 // pause is how long the load goes on between two handovers: long enough for
 // something to gather that is not on disk yet.
 func (c handoverCell) pause() time.Duration {
@@ -114,7 +120,7 @@ func (r *runner) handovers(ctx context.Context) error {
 	if len(r.cfg.handovers) == 0 && !r.cfg.group {
 		return nil
 	}
-	files, err := findPrograms([]server{{program: programOurs}, {program: programQSD}}, r.cfg.ours)
+	files, err := findPrograms([]server{{program: programOurs}, {program: programQSD}, {program: programLimit}}, r.cfg.ours)
 	if err != nil {
 		return err
 	}
@@ -158,12 +164,18 @@ func (r *runner) handover(ctx context.Context, files map[string]string, c handov
 			x.stop()
 		}
 	}()
-	for _, program := range []string{programOurs, programQSD} {
+	programs := []string{programOurs, programQSD}
+	if c.limited() {
+		programs = append(programs, programLimit)
+	}
+	for _, program := range programs {
 		x := newExporters(program, files[program], r.sockets, image, c.Format)
 		pairs = append(pairs, x)
 		h.Moves = append(h.Moves, &x.moves)
 		x.moves.Cell, x.moves.Program = c.ID(), program
-		h.record(x)
+		if program != programLimit {
+			h.record(x)
+		}
 		if err := x.start(ctx); err != nil {
 			return err
 		}

@@ -43,11 +43,16 @@ func (x *exporters) control(side int) string {
 
 // newExporters are for one image. file is the program's.
 func newExporters(program, file, dir, image, format string) *exporters {
-	x := &exporters{program: program, node: "image0"}
+	x := &exporters{program: program, node: "image0"} // limit looks at no name
 	argv := func(e endpoint) []string {
 		return []string{e.binary, "serve", "-f", format, "-k", e.address, "--control", controlPath(e), "--log-level", "warn", "--inactive", e.image}
 	}
-	if program == programQSD {
+	switch program {
+	case programLimit:
+		argv = func(e endpoint) []string {
+			return []string{e.binary, limitOwnerArg, e.address, controlPath(e), e.image}
+		}
+	case programQSD:
 		x.node = "disk"
 		argv = func(e endpoint) []string {
 			// The NBD server last: when it answers the monitor does too.

@@ -135,7 +135,9 @@ func (h *handoverReport) markdown() string {
 		"one did, *reads* the longest time without an answer from either side, and *orders* the pair of orders on open\n" +
 		"control sockets, given by a program that does nothing else. Ours sync ahead while writes are served, which is\n" +
 		"part of the orders and not of the gap. *Orders for nothing* is the same pair given once more, when there is\n" +
-		"nothing left to do: the way to two processes and back.\n\n")
+		"nothing left to do: the way to two processes and back. *Limit* is a program that forgets what is written, and\n" +
+		"changes owners by the system calls that this takes alone, on a thread that does nothing else: what the machine\n" +
+		"and the client take.\n\n")
 	s.WriteString("| | n | nbd-export | n | QEMU | ours / QEMU, median, p99 | goal | |\n|---|--:|--:|--:|--:|--:|--:|---|\n")
 	for _, c := range h.Cells {
 		h.writeCell(&s, c)
@@ -152,16 +154,18 @@ func (h *handoverReport) markdown() string {
 }
 
 func (h *handoverReport) writeCell(s *strings.Builder, c handoverCell) {
-	ours, theirs := h.of(c.ID(), programOurs), h.of(c.ID(), programQSD)
+	ours, theirs, limit := h.of(c.ID(), programOurs), h.of(c.ID(), programQSD), h.of(c.ID(), programLimit)
 	fmt.Fprintf(s, "| **%s** | | | | | | | |\n", c.Title(h.Machine.DiskFS))
 	if c.Conns > 0 {
 		writeTimes(s, "writes", ours.Writes, theirs.Writes, c.Goal)
+		writeLimit(s, "writes", limit.Writes, theirs.Writes)
 	}
 	goal := c.Goal
 	if c.Medium == onDisk && c.Conns > 0 {
 		goal = 0 // most of it is syncing ahead, while clients write
 	}
 	writeTimes(s, "orders", ours.Orders, theirs.Orders, goal)
+	writeLimit(s, "orders", limit.Orders, theirs.Orders)
 	if len(ours.Nothing) > 0 {
 		writeTimes(s, "orders for nothing", ours.Nothing, theirs.Nothing, 0)
 	}
@@ -205,6 +209,15 @@ func writeTimes(s *strings.Builder, what string, ours, theirs []time.Duration, g
 		verdict = met(min(len(ours), len(theirs)), ok)
 	}
 	fmt.Fprintf(s, "| %s | %d | %v | %d | %v | %s | %s | %s |\n", what, len(ours), a, len(theirs), b, shares(a, b), want, verdict)
+}
+
+// writeLimit has the limit server in the place of ours.
+func writeLimit(s *strings.Builder, what string, limit, theirs []time.Duration) {
+	if len(limit) == 0 {
+		return
+	}
+	a, b := newQuantiles(limit), newQuantiles(theirs)
+	fmt.Fprintf(s, "| %s, *limit* | %d | %v | | | %s | | |\n", what, len(limit), a, shares(a, b))
 }
 
 // shares are ours by theirs, of the median and of the 99th percentile.

@@ -58,6 +58,7 @@ func testHandovers() *handoverReport {
 			h.Moves = append(h.Moves, m)
 		}
 	}
+	h.Moves = append(h.Moves, &moves{Cell: h.Cells[0].ID(), Program: programLimit, Done: 9, Orders: times(9, time.Second, time.Second)})
 	h.Moves = append(h.Moves, &moves{Cell: groupID, Program: programOurs, Done: 3, Orders: times(3, time.Second/2, time.Second)})
 	return h
 }
@@ -69,6 +70,7 @@ func TestHandoverReport(t *testing.T) {
 		"| orders | 100 | 1.05 / 1.09 / 1.10 / 2.00 | 100 | 4.05 / 4.09 / 4.10 / 8.00 | 0.26, 0.27 | 0.5 | met |",
 		"| writes | 50 | 1.02 / 1.04 / 5.00 / 5.00 | 50 | 4.02 / 4.04 / 5.00 / 5.00 | 0.25, 1.00 | 0.5 | **missed** |",
 		"| writes | 50 | 1.02 / 1.04 / 10.0 / 10.0 | 50 | 4.02 / 4.04 / 10.0 / 10.0 | 0.25, 1.00 |  |  |",
+		"| orders, *limit* | 9 | 1000 / 1000 / 1000 / 1000 | | | 246.98, 244.02 | | |",
 		"| reads | 500 | 1.25 / 1.45 / 1.49 / 4.00 | 500 |",
 		"| reads | 500 | 1.25 / 1.45 / 1.49 / 4.00 | 500 | 4.25 / 4.45 / 4.49 / 4.50 | 0.29, 0.33 | 5.00 ms at most | met |",
 		"| reads | 500 | 1.25 / 1.45 / 1.50 / 9.00 | 500 | 4.25 / 4.45 / 4.49 / 9.00 | 0.29, 0.33 |  |  |\n" +

@@ -93,7 +93,11 @@ func (c *limitConn) parse(b []byte) {
 		b, c.skip = b[n:], c.skip-n
 		if c.owed && c.skip == 0 {
 			c.owed = false
-			c.reply(c.cookie[:])
+			errno := syscall.Errno(0)
+			if limitRefuses.Load() {
+				errno = syscall.EPERM
+			}
+			c.reply(c.cookie[:], errno)
 		}
 		if c.queued >= limitOutput || len(c.iov)+64 > cap(c.iov) {
 			c.flush()
@@ -110,7 +114,7 @@ func (c *limitConn) parse(b []byte) {
 		length := int(be.Uint32(head[24:]))
 		switch be.Uint16(head[6:]) {
 		case wire.CmdRead:
-			c.reply(head[8:16])
+			c.reply(head[8:16], 0)
 			for ; length > 0; length -= limitPayload {
 				c.push(limitConst[:min(length, limitPayload)])
 			}
@@ -122,17 +126,17 @@ func (c *limitConn) parse(b []byte) {
 			c.err = io.EOF
 			return
 		default:
-			c.reply(head[8:16])
+			c.reply(head[8:16], 0)
 		}
 	}
 	c.have = copy(c.in, b)
 }
 
-// reply queues a header that says that all is well.
-func (c *limitConn) reply(cookie []byte) {
+// reply queues a header; errno is 0 if all is well.
+func (c *limitConn) reply(cookie []byte, errno syscall.Errno) {
 	at := len(c.heads)
 	c.heads = binary.BigEndian.AppendUint32(c.heads, wire.MagicSimpleReply)
-	c.heads = binary.BigEndian.AppendUint32(c.heads, 0) // no error
+	c.heads = binary.BigEndian.AppendUint32(c.heads, uint32(errno))
 	c.heads = append(c.heads, cookie...)
 	c.push(c.heads[at:])
 }

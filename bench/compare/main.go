@@ -49,18 +49,20 @@ func init() {
 	runtime.LockOSThread()
 }
 
+// alsoRuns are the programs that this one is too, by their first argument.
+var alsoRuns = map[string]func(args []string) error{
+	limitArg:      runLimit,
+	limitOwnerArg: runLimitOwner,
+	loadArg:       func(args []string) error { return runLoad(args, os.Stdout) },
+	ordersArg:     func(args []string) error { return runOrders(args, os.Stdin, os.Stdout) },
+	readsArg:      func(args []string) error { return runReads(args, os.Stdin, os.Stdout) },
+}
+
 func main() {
-	if len(os.Args) > 1 && os.Args[1] == limitArg {
-		exit(runLimit(os.Args[2:]))
-	}
-	if len(os.Args) > 1 && os.Args[1] == loadArg {
-		exit(runLoad(os.Args[2:], os.Stdout))
-	}
-	if len(os.Args) > 1 && os.Args[1] == ordersArg {
-		exit(runOrders(os.Args[2:], os.Stdin, os.Stdout))
-	}
-	if len(os.Args) > 1 && os.Args[1] == readsArg {
-		exit(runReads(os.Args[2:], os.Stdin, os.Stdout))
+	if len(os.Args) > 1 {
+		if run := alsoRuns[os.Args[1]]; run != nil {
+			exit(run(os.Args[2:]))
+		}
 	}
 	c, render, err := parseFlags(os.Args[1:])
 	if errors.Is(err, flag.ErrHelp) {

@@ -17,20 +17,11 @@ import (
 
 // TestMain is also what the tests start as another client or as the limit server.
 func TestMain(m *testing.M) {
-	var err error
-	switch arg := append(os.Args, "")[1]; arg {
-	case loadArg:
-		err = runLoad(os.Args[2:], os.Stdout)
-	case ordersArg:
-		err = runOrders(os.Args[2:], os.Stdin, os.Stdout)
-	case readsArg:
-		err = runReads(os.Args[2:], os.Stdin, os.Stdout)
-	case limitArg:
-		err = runLimit(os.Args[2:])
-	default:
+	run := alsoRuns[append(os.Args, "")[1]]
+	if run == nil {
 		os.Exit(m.Run())
 	}
-	if err != nil {
+	if err := run(os.Args[2:]); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
