@@ -43,7 +43,7 @@ func runLimitOwner(args []string) error {
 	}
 	runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + 1) // the control thread never gives up its place
 	debug.SetGCPercent(-1)                        // it would wait for that thread
-	_ = os.Remove(args[1]) // of one that was killed
+	_ = os.Remove(args[1])                        // of one that was killed
 	control, err := net.Listen("unix", args[1])
 	if err != nil {
 		return err
