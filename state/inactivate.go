@@ -10,7 +10,7 @@ import (
 // are free. Inactive images stay as they are; an inactivation under way is
 // joined. When ctx ends the order is given up. Until the gate closes an inactivation
 // that no order wants any more is cancelled; one that others have joined goes on, with
-// all its images, and who began it waits for its end. Who joined waits no longer.
+// all its images, and who began it waits for its end. Who joined waits no longer then.
 //
 // If a write fails, or it is cancelled, the group stays active. If a sync
 // fails, that image becomes FailedIO (the kernel reports lost writes only

@@ -658,6 +658,39 @@ func TestGiveUp(t *testing.T) {
 	})
 }
 
+// What ends with the order that gives up last has ended when that returns, whatever
+// else its context has to tell first.
+func TestGiveUpLast(t *testing.T) {
+	bubble(t, Options{}, []string{"a"}, func(t *testing.T, r *rig) {
+		noError(t, r.activate())
+		leave := make(chan struct{})
+		goOn := sync.OnceFunc(func() { close(leave) })
+		defer func() { r.ms[0].Cancel(); goOn() }() // or it would never end where it fails
+		r.imgs[0].onSync = func(ctx context.Context) error { <-ctx.Done(); <-leave; return ctx.Err() }
+		ctx, cancel := context.WithCancel(t.Context())
+		first := async(func() error { return Inactivate(ctx, r.ms...) })
+		pending(t, "first", first)
+		joined, giveUp := context.WithCancel(t.Context())
+		second := async(func() error { return Inactivate(tardy{joined}, r.ms...) })
+		pending(t, "second", second)
+		cancel()
+		pending(t, "first", first)
+		giveUp()
+		pending(t, "second", second) // the sync does not end at once
+		goOn()
+		if finished(t, "first", first) == nil || finished(t, "second", second) == nil {
+			t.Error("it went on")
+		}
+		check(t, "states", r.states(), "active")
+	})
+}
+
+// tardy is a context that has not come to who watches it when the one that waits for
+// its end has: the end of any is told to one after the other.
+type tardy struct{ context.Context }
+
+func (tardy) AfterFunc(func()) (stop func() bool) { return func() bool { return true } }
+
 // TestNothingBlocksStatus: with any method of the image stuck, status,
 // requests and orders' refusals are immediate; and callbacks may call back.
 func TestNothingBlocksStatus(t *testing.T) {

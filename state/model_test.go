@@ -51,11 +51,16 @@ type modelOp struct {
 	orders    []*modelOrder // that want it
 	done      bool
 	cancelled bool // by Cancel, by a fault, or since no order wants it
+	firm      bool // it cannot be
 	err       string
 }
 
 // modelOrder is an order that may be given up.
-type modelOrder struct{ givenUp bool }
+type modelOrder struct {
+	joined  []*modelOp
+	givenUp bool
+	ends    []*modelOp // which it has joined, and which end as it is given up
+}
 
 // task is a coroutine of the model and the goroutine that does the same.
 type task struct {
@@ -290,8 +295,12 @@ func (w *world) order(order Event, ms []int, me *modelOrder, b block) string {
 			for _, op := range joined {
 				op.orders = append(op.orders, me)
 			}
+			me.joined = joined
 			b(func() bool {
-				return me.givenUp || !slices.ContainsFunc(wait, func(op *modelOp) bool { return !op.done })
+				if me.givenUp {
+					wait = me.ends
+				}
+				return !slices.ContainsFunc(wait, func(op *modelOp) bool { return !op.done })
 			})
 			if goesOn {
 				w.queue--
@@ -329,8 +338,11 @@ func (w *world) order(order Event, ms []int, me *modelOrder, b block) string {
 func (w *world) giveUp(o *modelOrder) {
 	o.givenUp = true
 	for _, x := range w.m {
-		if x.op != nil && x.state == Inactivating && x.step == StepSyncAhead {
-			x.op.cancelled = x.op.cancelled || !slices.ContainsFunc(x.op.orders, func(o *modelOrder) bool { return !o.givenUp })
+		if op := x.op; op != nil && !op.firm {
+			op.cancelled = op.cancelled || !slices.ContainsFunc(op.orders, func(o *modelOrder) bool { return !o.givenUp })
+			if op.cancelled && slices.Contains(o.joined, op) {
+				o.ends = append(o.ends, op)
+			}
 		}
 	}
 }
@@ -342,6 +354,7 @@ func (w *world) step(op *modelOp, s Step) {
 }
 
 func (w *world) activate(op *modelOp, b block) string {
+	op.firm = true // as soon as the one or the last lock is taken
 	for _, i := range op.ms {
 		w.m[i].state = Activating
 	}
@@ -410,6 +423,7 @@ func (w *world) inactivate(op *modelOp, b block) string {
 		if err != "" {
 			break
 		}
+		op.firm = true
 		w.step(op, s)
 		for _, i := range op.ms {
 			switch s {

@@ -30,7 +30,8 @@ type operation struct {
 	orders []context.Context
 	// firm: it goes on, whoever gives up.
 	firm bool
-	// unwatch ends watching the order that began it. Of the goroutine that runs it.
+	// unwatch ends watching the context of the order that began it, which waits for the
+	// end whatever comes. Of the goroutine that runs it.
 	unwatch func() bool
 }
 
@@ -59,12 +60,6 @@ func (op *operation) wanted(firm bool) bool {
 	return true
 }
 
-// watch sees to it that ctx ends soon if no order wants op any more when this one is
-// given up. stop is called when it is not to be waited for any longer.
-func (op *operation) watch(order context.Context) (stop func() bool) {
-	return context.AfterFunc(order, func() { op.wanted(false) })
-}
-
 // join makes op one that order wants too. It reports false if it was given up before,
 // and is about to end.
 func (op *operation) join(order context.Context) bool {
@@ -87,7 +82,7 @@ func begin(ctx context.Context, order Event, first Step, ms []*Machine) (*operat
 		op := newOperation(ctx)
 		started, joined, busy, err := op.tryBegin(ctx, order, first, ms)
 		if started {
-			op.unwatch = op.watch(ctx)
+			op.unwatch = context.AfterFunc(ctx, func() { op.wanted(false) })
 			// Only now: no other operation calls the images' methods.
 			slices.SortFunc(op.machines, byKey)
 			op.hooks(first)
@@ -116,17 +111,19 @@ func begin(ctx context.Context, order Event, first Step, ms []*Machine) (*operat
 }
 
 // await waits for operations that order, whose context is ctx, has joined, and for
-// others. If it is given up before they have ended it says why.
+// others. If it is given up before they have ended it says why. What no order wants
+// then has ended too, as for who began it: its images are as they were.
 func await(ctx context.Context, joined, busy []*operation) error {
-	for _, o := range joined {
-		defer o.watch(ctx)()
-	}
 	for _, o := range slices.Concat(joined, busy) {
 		select {
 		case <-o.done:
+			continue
 		case <-ctx.Done():
-			return context.Cause(ctx)
 		}
+		for _, o := range slices.DeleteFunc(joined, func(o *operation) bool { return o.wanted(false) }) {
+			<-o.done
+		}
+		return context.Cause(ctx)
 	}
 	return nil
 }
