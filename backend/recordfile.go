@@ -12,19 +12,35 @@ import (
 // readRecord reads the record at path: nil without an error if there is none.
 // An empty file is none: records are not synced, so that is what a loss of
 // power can leave of one. raw are its bytes, nil if the file does not exist.
+//
+// It may be called beside the owner, who may have written two more since it was opened:
+// the second goes into the same file, so that half of one may be read. Then it is read
+// anew.
 func readRecord(path string, h faults) (r *OwnerRecord, raw []byte, err error) {
-	raw, err = readBounded(path, h)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, nil
+	for try := 0; ; try++ {
+		was := raw
+		raw, err = readBounded(path, h)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil, nil
+		}
+		if err != nil {
+			break
+		}
+		if len(raw) == 0 {
+			return nil, raw, nil
+		}
+		if r, err = parseRecord(raw); err == nil {
+			return r, raw, nil
+		}
+		if bytes.Equal(raw, was) || try == recordTries {
+			break
+		}
 	}
-	if err == nil && len(raw) > 0 {
-		r, err = parseRecord(raw)
-	}
-	if err != nil {
-		return nil, nil, &RecordError{Path: path, Err: err}
-	}
-	return r, raw, nil
+	return nil, nil, &RecordError{Path: path, Err: err}
 }
+
+// recordTries bounds how often what is no record is read anew.
+const recordTries = 5
 
 func readBounded(path string, h faults) ([]byte, error) {
 	fd, err := h.open(opRecordOpen, path, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_NOCTTY)
@@ -77,7 +93,7 @@ type recordSpot struct {
 	near bool
 }
 
-// replace puts b at the path by renaming, so that nobody ever reads half of it. It is
+// replace puts b at the path by renaming, so that whoever opens it finds it whole. It is
 // not synced: what a loss of power takes with it, it takes from all owners. written is
 // the file as it was then, nil where that is not to be relied on.
 func (s recordSpot) replace(b []byte, h faults) (written *filePrint, err error) {

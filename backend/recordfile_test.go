@@ -419,3 +419,53 @@ func TestRecordNotOverwritten(t *testing.T) {
 		})
 	}
 }
+
+// Who reads beside the owner has opened what the record was by then, if two more have
+// been written before it reads: half of one it does not take for what stands there.
+func TestRecordReadWhileWrittenOver(t *testing.T) {
+	path := writeFile(t, t.TempDir(), make([]byte, 4096))
+	half, goOn, noted := make(chan struct{}), make(chan struct{}), make(chan error, 1)
+	armed := false
+	r := openImage(t, Options{Path: path}, func(op sysop, off int64, n int) (int, error) {
+		switch {
+		case !armed || op != opRecordWrite:
+		case off == 0:
+			return 300, nil
+		default:
+			close(half)
+			<-goOn
+		}
+		return n, nil
+	})
+	must(t, activate(r, false))
+	note := func(nonce string) error {
+		_, err := r.Note(nonce)
+		return err
+	}
+	reads := 0
+	rec, _, err := readRecord(path+".owner", func(op sysop, _ int64, n int) (int, error) {
+		if op != opRecordRead {
+			return n, nil
+		}
+		switch reads++; reads {
+		case 1:
+			must(t, note("first"))
+			armed = true
+			go func() { noted <- note(strings.Repeat("x", 150)) }()
+			<-half
+		case 2:
+			armed = false
+			close(goOn)
+			must(t, <-noted)
+		}
+		return n, nil
+	})
+	if reads == 1 {
+		close(goOn)
+		must(t, <-noted)
+	}
+	must(t, err)
+	if rec == nil || rec.Nonce != "first" && len(rec.Nonce) != 150 {
+		t.Errorf("%+v", rec)
+	}
+}
