@@ -227,8 +227,11 @@ func (s recordSpot) openWas(size int, h faults) (fd int, st unix.Stat_t, err err
 		err = open(0)
 		stands = err != unix.ENOENT
 		if err == nil {
-			// Only what is certain to be no other file's other name is written over.
-			if unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFREG && st.Nlink == 1 && st.Size == int64(size) {
+			// Only what is certain to be no other file's other name is written over, and
+			// what the readers of the image can read: of a file of another user's that
+			// cannot be changed.
+			if unix.Fstat(fd, &st) == nil && st.Mode == unix.S_IFREG|s.image.Mode&0o666 && st.Gid == s.image.Gid &&
+				st.Nlink == 1 && st.Size == int64(size) {
 				return fd, st, nil
 			}
 			unix.Close(fd)
@@ -267,7 +270,9 @@ func (s recordSpot) fill(fd int, st *unix.Stat_t, b []byte, h faults) (err error
 	// Whoever can open the image has to be able to read its record; where
 	// the file system has no such modes or owners, it does without.
 	if st.Uid != s.image.Uid || st.Gid != s.image.Gid {
-		_ = unix.Fchown(fd, int(s.image.Uid), int(s.image.Gid))
+		if unix.Fchown(fd, int(s.image.Uid), int(s.image.Gid)) != nil && st.Gid != s.image.Gid {
+			_ = unix.Fchown(fd, -1, int(s.image.Gid)) // who is not root may change that
+		}
 	}
 	if mode := s.image.Mode & 0o666; st.Mode&0o7777 != mode {
 		_ = unix.Fchmod(fd, mode)

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -467,5 +469,47 @@ func TestRecordReadWhileWrittenOver(t *testing.T) {
 	must(t, err)
 	if rec == nil || rec.Nonce != "first" && len(rec.Nonce) != 150 {
 		t.Errorf("%+v", rec)
+	}
+}
+
+// Who can open the image can read its record, whoever of its users has written it.
+func TestRecordOfSharedImage(t *testing.T) {
+	const group, one, other = 65533, 65532, 65534
+	dir, err := os.MkdirTemp("", "shared") // nothing above is closed to them
+	must(t, err)
+	defer os.RemoveAll(dir)
+	must(t, os.Chmod(dir, 0o777))
+	path := writeFile(t, dir, make([]byte, 4096))
+	must(t, errors.Join(os.Chown(path, one, group), os.Chmod(path, 0o660)))
+	record := path + ".owner"
+	replace := func(uid int) {
+		t.Helper()
+		st := statOf(t, path)
+		done := make(chan error)
+		go func() {
+			runtime.LockOSThread() // which ends with the goroutine, and its identity with it
+			groups := uint32(group)
+			_, _, errno := unix.RawSyscall(unix.SYS_SETGROUPS, 1, uintptr(unsafe.Pointer(&groups)), 0)
+			if errno != 0 {
+				done <- errno
+				return
+			}
+			if err := errors.Join(unix.Setfsgid(uid), unix.Setfsuid(uid)); err != nil {
+				done <- err
+				return
+			}
+			_, err := recordSpot{record, &st, true}.replace(make([]byte, recordSector), nil)
+			done <- err
+		}()
+		must(t, <-done)
+		if r := statOf(t, record); r.Gid != st.Gid || r.Mode&0o777 != st.Mode&0o777 {
+			t.Errorf("uid %d: the record has group %d and mode %o, the image %d and %o", uid, r.Gid, r.Mode&0o777, st.Gid, st.Mode&0o777)
+		}
+	}
+	for _, mode := range []os.FileMode{0o660, 0o664} {
+		must(t, os.Chmod(path, mode))
+		for _, uid := range []int{other, one, one, other, other} {
+			replace(uid)
+		}
 	}
 }
