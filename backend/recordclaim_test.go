@@ -340,6 +340,22 @@ func TestRecordWasIsNothingElse(t *testing.T) {
 			must(t, inactivate(r))
 		})
 	}
+	t.Run("another user's", func(t *testing.T) {
+		path := writeFile(t, t.TempDir(), make([]byte, 4096))
+		r := openImage(t, Options{Path: path}, nil)
+		must(t, activate(r, false))
+		must(t, inactivate(r))
+		was := path + ".owner" + recordWas
+		must(t, os.Chown(was, os.Getuid()+12345, -1))
+		theirs, err := os.OpenFile(was, os.O_WRONLY, 0)
+		must(t, err)
+		defer theirs.Close()
+		must(t, activate(r, false))
+		_, err = theirs.WriteAt(sector, 0)
+		must(t, err)
+		wantRecord(t, path, 2, false)
+		must(t, inactivate(r))
+	})
 	t.Run("another mode", func(t *testing.T) {
 		path := writeFile(t, t.TempDir(), make([]byte, 4096))
 		r := openImage(t, Options{Path: path}, nil)

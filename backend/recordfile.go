@@ -227,11 +227,7 @@ func (s recordSpot) openWas(size int, h faults) (fd int, st unix.Stat_t, err err
 		err = open(0)
 		stands = err != unix.ENOENT
 		if err == nil {
-			// Only what is certain to be no other file's other name is written over, and
-			// what the readers of the image can read: of a file of another user's that
-			// cannot be changed.
-			if unix.Fstat(fd, &st) == nil && st.Mode == unix.S_IFREG|s.image.Mode&0o666 && st.Gid == s.image.Gid &&
-				st.Nlink == 1 && st.Size == int64(size) {
+			if unix.Fstat(fd, &st) == nil && s.reuses(&st, size) {
 				return fd, st, nil
 			}
 			unix.Close(fd)
@@ -254,6 +250,15 @@ func (s recordSpot) openWas(size int, h faults) (fd int, st unix.Stat_t, err err
 		st = unix.Stat_t{}
 	}
 	return fd, st, nil
+}
+
+// reuses reports whether a record of size bytes is written over a file: only if that is
+// certain to be no other file's other name, if no other user has made it, who could have
+// it open and write into it at any time, and if it has the mode and the group of the
+// image, which of a file that is not one's own cannot be changed.
+func (s recordSpot) reuses(st *unix.Stat_t, size int) bool {
+	return st.Mode == unix.S_IFREG|s.image.Mode&0o666 && st.Nlink == 1 && st.Size == int64(size) &&
+		st.Gid == s.image.Gid && (st.Uid == s.image.Uid || st.Uid == uint32(unix.Geteuid()))
 }
 
 func (h faults) unlink(path string) error {
