@@ -36,7 +36,7 @@ func (h *handoverReport) add(old *handoverReport) {
 	for _, m := range h.Moves {
 		ids = append(ids, m.Cell)
 	}
-	cells := slices.Clone(h.Cells)
+	cells, kept := slices.Clone(h.Cells), false
 	for _, c := range old.Cells {
 		if !slices.Contains(ids, c.ID()) {
 			cells = append(cells, c)
@@ -47,17 +47,19 @@ func (h *handoverReport) add(old *handoverReport) {
 	h.Cells = cells
 	for _, m := range old.Moves {
 		if !slices.Contains(ids, m.Cell) {
-			h.Moves = append(h.Moves, m)
+			h.Moves, kept = append(h.Moves, m), true
 		}
 	}
 	if !slices.Contains(ids, groupID) && h.NoGroup == "" {
 		h.NoGroup = old.NoGroup
 	}
 	h.Commands = union(old.Commands, h.Commands)
-	for program, version := range old.Machine.Versions {
-		if now := h.Machine.Versions[program]; !slices.Contains(strings.Split(now, "; "), version) {
-			h.Machine.Versions[program] = version + "; " + now
-		}
+	if !kept {
+		return
+	}
+	for program, before := range old.Machine.Versions {
+		all := union(strings.Split(before, "; "), strings.Split(h.Machine.Versions[program], "; "))
+		h.Machine.Versions[program] = strings.Join(all, "; ")
 	}
 }
 

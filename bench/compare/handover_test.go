@@ -183,3 +183,21 @@ func TestHandoverParts(t *testing.T) {
 		}
 	}
 }
+
+// Of what has all been measured anew nothing old is told.
+func TestHandoverAnew(t *testing.T) {
+	h := testHandovers()
+	h.Machine.Versions[programOurs] = "nbd-export 2"
+	old := testHandovers()
+	old.Time = time.Second
+	h.add(old)
+	if got := h.Machine.Versions[programOurs]; got != "nbd-export 2" || h.Time != 40*time.Second {
+		t.Errorf("measured %s, for %v", got, h.Time)
+	}
+	old.Moves = append(old.Moves, &moves{Cell: "handover-disk-idle", Program: programOurs})
+	old.Machine.Versions[programOurs] = "nbd-export 1; nbd-export 2"
+	h.add(old)
+	if got := h.Machine.Versions[programOurs]; got != "nbd-export 1; nbd-export 2" {
+		t.Errorf("measured %s", got)
+	}
+}
