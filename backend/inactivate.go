@@ -16,7 +16,7 @@ func (o *Owned) SyncAhead(ctx context.Context) error {
 	if err := ctx.Err(); err != nil || !v.writable() {
 		return err
 	}
-	v.file.thinPlace()
+	_ = v.files(func(f *File) error { f.thinPlace(); return nil })
 	if err := v.sync(); err != nil {
 		return err
 	}
