@@ -221,9 +221,10 @@ func (u *Uring) endLocked(k uint32, res int32) *task {
 // notDone reports whether an operation with this result was not carried out, which says
 // nothing of the file. The kernel cancels what is for a thread of its own if that cannot be
 // started in three attempts, each of which a pending signal ends (io-wq.c,
-// WORKER_INIT_LIMIT, also in the stable kernels of 6.1 and later, until "always retry worker
-// create on ERESTART*" of December 2025); and Go's scheduler sends signals. On Debian's 6.1 a
-// durable write ended so once in two runs of all tests, and with it the image: failed(io).
+// WORKER_INIT_LIMIT, also in the stable kernels of 6.1 and later; described in the patch
+// "always retry worker create on ERESTART*" of December 2025); and Go's scheduler sends
+// signals. On Debian's 6.1 a durable write ended so once in two runs of all tests, and with
+// it the image: failed(io).
 func notDone(errno syscall.Errno) bool {
 	return errno == unix.ECANCELED || errno == unix.EAGAIN || errno == unix.EINTR
 }
