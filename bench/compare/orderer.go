@@ -162,7 +162,10 @@ type orderer struct{ *asked }
 // startOrders is to be called on the main thread.
 func startOrders(ctx context.Context, file string, c orderConfig) (*orderer, error) {
 	a, err := startAsked(ctx, file, ordersArg, c)
-	return &orderer{a}, err
+	if err != nil {
+		return nil, err
+	}
+	return &orderer{a}, nil
 }
 
 // give has orders given, one after the other until one fails, and returns how long

@@ -74,10 +74,17 @@ func TestOrders(t *testing.T) {
 	}
 }
 
+// What is not there to be given orders leaves nothing to be stopped.
 func TestOrdersNobody(t *testing.T) {
 	none := filepath.Join(t.TempDir(), "none")
-	if _, err := startOrders(t.Context(), self(t), orderConfig{[2]string{none, none}, "disk"}); err == nil ||
-		!strings.Contains(err.Error(), "none: no such file or directory") {
+	x := &exporters{program: programLimit}
+	for side := range x.procs {
+		x.procs[side] = &process{}
+	}
+	var err error
+	x.orderer, err = startOrders(t.Context(), self(t), orderConfig{[2]string{none, none}, "disk"})
+	if err == nil || !strings.Contains(err.Error(), "none: no such file or directory") {
 		t.Error(err)
 	}
+	x.stop()
 }

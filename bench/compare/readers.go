@@ -47,7 +47,10 @@ type readers struct{ *asked }
 // startReads is to be called on the main thread.
 func startReads(ctx context.Context, file string, c bench.FollowConfig) (*readers, error) {
 	a, err := startAsked(ctx, file, readsArg, c)
-	return &readers{a}, err
+	if err != nil {
+		return nil, err
+	}
+	return &readers{a}, nil
 }
 
 // gap is as Follower.ReadGap.
