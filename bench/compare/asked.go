@@ -27,13 +27,11 @@ type asked struct {
 // killed with ctx. If this fails nothing is left running. It is to be called on the
 // main thread.
 func startAsked(ctx context.Context, file, what string, how any) (*asked, error) {
-	arg, err := json.Marshal(how)
-	if err != nil {
+	a := &asked{}
+	var err error
+	if a.cmd, err = ownProgram(ctx, file, what, how, &a.said); err != nil {
 		return nil, err
 	}
-	a := &asked{cmd: exec.CommandContext(ctx, file, what, string(arg))}
-	a.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	a.cmd.Stderr = &a.said
 	if a.in, err = a.cmd.StdinPipe(); err != nil {
 		return nil, err
 	}
@@ -51,6 +49,19 @@ func startAsked(ctx context.Context, file, what string, how any) (*asked, error)
 		return nil, fmt.Errorf("%s: %w: %s", what, err, a.said.String())
 	}
 	return a, nil
+}
+
+// ownProgram is file, which is this program, to be started for what, with how in JSON.
+// It ends with ctx, and with the thread that starts it; said is its standard error.
+func ownProgram(ctx context.Context, file, what string, how any, said io.Writer) (*exec.Cmd, error) {
+	arg, err := json.Marshal(how)
+	if err != nil {
+		return nil, err
+	}
+	cmd := exec.CommandContext(ctx, file, what, string(arg))
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	cmd.Stderr = said
+	return cmd, nil
 }
 
 // ask has a question answered.

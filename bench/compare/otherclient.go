@@ -8,7 +8,6 @@ import (
 	"io"
 	"os/exec"
 	"sync"
-	"syscall"
 
 	"github.com/nbd-export/nbd-export/bench"
 )
@@ -30,12 +29,9 @@ type loadSays struct {
 
 // runLoad is that program.
 func runLoad(args []string, out io.Writer) error {
-	if len(args) != 1 {
-		return errors.New("want a load in JSON")
-	}
 	var c bench.Config
-	if err := json.Unmarshal([]byte(args[0]), &c); err != nil {
-		return fmt.Errorf("a load: %w", err)
+	if err := configure(args, &c); err != nil {
+		return err
 	}
 	say := json.NewEncoder(out)
 	var begun sync.Once
@@ -63,13 +59,11 @@ type otherClient struct {
 // under way. It is killed with ctx. If this fails nothing is left running. It is to be
 // called on the main thread.
 func startLoad(ctx context.Context, file string, c bench.Config) (*otherClient, error) {
-	load, err := json.Marshal(c)
-	if err != nil {
+	o := &otherClient{}
+	var err error
+	if o.cmd, err = ownProgram(ctx, file, loadArg, c, &o.said); err != nil {
 		return nil, err
 	}
-	o := &otherClient{cmd: exec.CommandContext(ctx, file, loadArg, string(load))}
-	o.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	o.cmd.Stderr = &o.said
 	out, err := o.cmd.StdoutPipe()
 	if err != nil {
 		return nil, err
